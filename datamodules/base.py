@@ -1,15 +1,15 @@
 """Batches, the resumable sample stream, and the DataModule every data set derives from.
 
-A run's order is one endless stream of samples: position p belongs to pass p // n and is the (p mod n)-th sample of that pass's
-permutation. Order, augmentation and training noise are functions of (seed, position), never of the process: whoever draws position p
-gets the same picture, prompt and noise, on one process or on eight, before a restart or after it.
+A run's order is one endless stream of samples: position p belongs to pass p // n and is the (p mod n)-th sample of
+that pass's permutation. Order, augmentation and training noise are functions of (seed, position), never of the process:
+whoever draws position p gets the same picture, prompt and noise, on one process or on eight, before a restart or after.
 """
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Optional
 
 import lightning as L
 import torch
@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 def derive_seed(*parts: int | str) -> int:
     """A 63-bit seed that is a fixed function of `parts`, for instance `(run seed, "noise", position)`."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    plain = tuple(part if isinstance(part, str) else int(part) for part in parts)  # NumPy's integers print otherwise
+    digest = hashlib.blake2b(repr(plain).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
@@ -34,23 +35,22 @@ def _select(value: Any, index: slice | Sequence[int]) -> Any:
 class _Rows:
     """What the batch types share: every field is None or has one row a sample."""
 
-    def __getitem__(self, index: slice | Sequence[int]):
+    def __getitem__(self, index: slice | Sequence[int] | Tensor):
+        """The rows of a slice, a list of indices, or a tensor (m,) of indices or bool (n,) mask."""
+        if isinstance(index, Tensor):
+            index = (index.nonzero()[:, 0] if index.dtype == torch.bool else index).tolist()
         return replace(self, **{f.name: _select(getattr(self, f.name), index) for f in fields(self)})
 
     def to(self, device: torch.device | str, non_blocking: bool = False):
         """The same rows with every tensor on `device`."""
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved = {
-            k: v.to(device, non_blocking=non_blocking) if hasattr(v, "to") else v for k, v in moved.items()
-        }
+        moved = {k: v.to(device, non_blocking=non_blocking) if hasattr(v, "to") else v for k, v in moved.items()}
         return replace(self, **moved)
 
     def pin_memory(self):
         """The same rows in page-locked memory, for the DataLoader."""
         pinned = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(
-            self, **{k: v.pin_memory() if hasattr(v, "pin_memory") else v for k, v in pinned.items()}
-        )
+        return replace(self, **{k: v.pin_memory() if hasattr(v, "pin_memory") else v for k, v in pinned.items()})
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ class ImageBatch(_Rows):
 
     images: float32 (n, 3, H, W) in [0, 1], RGB; None where only cached latents travel.
     conditions: n rows of conditions.
-    seeds: int64 (n,): everything random about training on this sample (noise, time step) is drawn from its own seed; -1 marks
-        padding, which no average counts.
+    seeds: int64 (n,), always on the CPU: everything random about training on this sample (noise, time step) is drawn
+        from its own seed; -1 marks padding, which no average counts.
     is_prior: bool (n,): True for class pictures of a prior-preservation loss.
     latents: float32 (n, 2C, h, w): posterior mean and log-variance of a frozen encoder, or None.
     text_embeddings: float32 (n, L, D) of a frozen text encoder, or None.
@@ -93,6 +93,10 @@ class ImageBatch(_Rows):
 
     def __len__(self) -> int:
         return len(self.seeds)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "ImageBatch":
+        """The same rows with every tensor but the seeds on `device`: generators are seeded from the CPU."""
+        return replace(super().to(device, non_blocking), seeds=self.seeds)
 
 
 def collate(samples: list[ImageBatch]) -> ImageBatch:
@@ -134,8 +138,8 @@ class SampleStream:
 class StreamBatchSampler(Sampler[list[int]]):
     """Stream positions of one process's micro-batches.
 
-    Optimizer step s trains on positions [s·G, (s+1)·G), G = batch_size · accumulate · world_size, whatever the number of
-    processes; a pass that does not divide by G runs on into the next, so no sample is dropped or repeated.
+    Optimizer step s trains on positions [s·G, (s+1)·G), G = batch_size · accumulate · world_size, whatever the number
+    of processes; a pass that does not divide by G runs on into the next, so no sample is dropped or repeated.
     An epoch is max(1, length // G) steps and starts at `position`.
     """
 
@@ -178,12 +182,19 @@ class StreamLoader(DataLoader):
             self._taken += 1
             yield batch
 
+    def state_dict(self) -> dict[str, int]:
+        """What tells Lightning that a resume inside an epoch is sound."""
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._stream.position, self._taken = state["position"], 0
+
 
 class EvaluationSampler(Sampler[list[int]]):
     """Batches of the indices 0 … length-1 in order, dealt out to the processes in turn.
 
-    Every process gets the same number of batches, as sharded models need. Those beyond the end hold the index -1: padding, which
-    `ImageBatch.seeds` marks and no average counts.
+    Every process gets the same number of batches, as sharded models need. Those beyond the end hold the index -1:
+    padding, which `ImageBatch.seeds` marks and no average counts.
     """
 
     def __init__(self, length: int, batch_size: int, rank: int = 0, world_size: int = 1):
@@ -193,11 +204,8 @@ class EvaluationSampler(Sampler[list[int]]):
         return -(-self.length // (self.batch_size * self.world_size))
 
     def __iter__(self) -> Iterator[list[int]]:
-        for first in range(
-            self.rank * self.batch_size,
-            self.batch_size * self.world_size * len(self),
-            self.batch_size * self.world_size,
-        ):
+        for turn in range(len(self)):
+            first = (turn * self.world_size + self.rank) * self.batch_size
             yield list(range(first, min(first + self.batch_size, self.length))) or [-1]
 
 
@@ -213,27 +221,35 @@ class DataConfig:
     """Side of the square training pictures, pixels."""
     workers: int = 4
     """DataLoader worker processes for each training process; 0 loads in the training process."""
+    latents: Optional[str] = None
+    """Folder that `medsynth encode` wrote: training reads latents from it instead of pictures."""
 
 
 class ImageDataModule(L.LightningDataModule, ABC):
     """A data set as training batches, validation batches, reference pictures and prompts.
 
-    A subclass gives the data sets and the prompts; the order, the sharding and the resume stand here. `setup` needs a trainer
-    only for its rank and world size; without one there is a single process.
+    A subclass gives the data sets and the prompts; the order, the sharding and the resume stand here. The trainer is
+    asked for rank and world size only; without one there is a single process.
     """
 
     config: DataConfig
 
     def __init__(self, config: DataConfig, seed: int = 0, batch_size: int = 1, accumulate: int = 1):
-        """`seed` fixes split, order, augmentation and noise; `batch_size` samples a device, `accumulate` micro-batches a step."""
+        """Make, but do not read, the data set.
+
+        seed: fixes split, order, augmentation and noise. batch_size: samples a device and micro-batch. accumulate:
+        micro-batches an optimizer step.
+        """
         super().__init__()
         self.config, self.seed, self.batch_size, self.accumulate = config, seed, batch_size, accumulate
         self._loader: StreamLoader | None = None
         self._position = 0
 
     @abstractmethod
-    def check(self) -> dict[str, Any]:
+    def check(self, on_progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
         """Check every row and picture; return what the run's summary shows (counts by plain names).
+
+        `on_progress(done, total)` is told after each picture.
 
         Raises:
             UserError: one message that lists every bad row with its number and the mend.
@@ -241,7 +257,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Hex digest of the pictures' names, sizes and times, the prompts and the config that selects them."""
+        """Hex digest of the pictures' names, byte sizes and split, the prompts, and the config that shapes them."""
 
     @abstractmethod
     def training_set(self) -> Dataset:
@@ -249,7 +265,10 @@ class ImageDataModule(L.LightningDataModule, ABC):
 
     @abstractmethod
     def validation_set(self) -> Dataset:
-        """Maps an index to one `ImageBatch` of one row: no augmentation, fixed seed. The index -1 is padding: any row, seed -1."""
+        """Maps an index to one `ImageBatch` of one row: no augmentation, fixed seed.
+
+        The index -1 is padding: any row, with seed -1.
+        """
 
     @abstractmethod
     def reference_set(self, split: str) -> Dataset:
@@ -281,7 +300,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
         return {"position": self._loader.position if self._loader else self._position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self._position = state["position"]
+        self._position, self._loader = state["position"], None
 
     def _loading(self) -> dict[str, Any]:
         workers = self.config.workers

@@ -1,0 +1,166 @@
+"""Scores generated pictures while training, on all processes at once."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from callbacks.samples import draw_grid
+from datamodules.base import EvaluationSampler, ImageDataModule, collate, derive_seed
+from lightning_modules.base import GenerativeModule
+from medsynth.errors import UserError
+from metrics.extractors import FeatureExtractor, build_extractor
+from metrics.images import quantise
+from metrics.suite import GenerationMetrics
+
+
+@dataclass
+class EvaluationConfig:
+    """How generated pictures are scored while training."""
+
+    images: int = 2000
+    """Pictures generated for each evaluation, over all processes; 0 scores nothing."""
+    every: int = 1
+    """Validations from one evaluation, and one grid, to the next."""
+    at_start: bool = False
+    """Evaluate before the first step too."""
+    batch_size: int = 32
+    """Pictures a process generates at once."""
+    extractor: str = "inception"
+    """Features: inception (of 2015-12-05, gives fid) or random (fixed seed, needs no weights, gives fd_random)."""
+    weights: Optional[str] = None
+    """Inception weights file; by default where torch-fidelity keeps its download."""
+    reference: str = "all"
+    """Real pictures to score against: train, val or all (the papers' choice)."""
+    steps: Optional[int] = None
+    """Denoising steps; by default the model's."""
+    guidance: Optional[float] = None
+    """Guidance; by default the model's."""
+    grid: int = 8
+    """Pictures of the grid of fixed prompts and seeds; 0 draws none."""
+    cache: str = "~/.cache/medsynth"
+    """Folder where statistics of real pictures are kept, under a key of data, resolution and extractor."""
+
+    def __post_init__(self):
+        if self.reference not in ("train", "val", "all"):
+            raise UserError(f"evaluation.reference={self.reference} is not known; use train, val or all")
+
+
+class Evaluation(L.Callback):
+    """After each `every`-th validation: metrics of generated pictures as `eval/<name>`, and a grid.
+
+    The numbers are the same for any number of processes: picture i has the i-th prompt and its own seed, whoever draws
+    it, and the metrics are sums over all.
+    """
+
+    def __init__(self, config: EvaluationConfig, run_dir: Path, seed: int):
+        self.config, self.run_dir, self.seed = config, Path(run_dir), seed
+        self._extractor: FeatureExtractor | None = None
+        self._validations = 0
+
+    def setup(self, trainer: L.Trainer, pl_module: GenerativeModule, stage: str) -> None:
+        if self.config.images and self._extractor is None:
+            self._extractor = build_extractor(self.config.extractor, self.config.weights)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"validations": self._validations}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self._validations = state_dict["validations"]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: GenerativeModule) -> None:
+        if not self.config.at_start or trainer.global_step:
+            return
+        pl_module.eval()
+        values = self.evaluate(trainer, pl_module)
+        pl_module.train()
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=0)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: GenerativeModule) -> None:
+        if trainer.sanity_checking:
+            return
+        self._validations += 1
+        if self._validations % self.config.every == 0:
+            pl_module.log_dict(self.evaluate(trainer, pl_module), rank_zero_only=False)
+
+    @torch.no_grad()
+    def evaluate(self, trainer: L.Trainer, module: GenerativeModule) -> dict[str, float]:
+        """Draw the grid and score `images` new pictures; {"eval/<name>": value}, the same on every process."""
+        if self.config.grid:
+            self._draw_grid(trainer, module)
+        return self._score(trainer, module) if self.config.images else {}
+
+    def _score(self, trainer: L.Trainer, module: GenerativeModule) -> dict[str, float]:
+        total, data = self.config.images, trainer.datamodule
+        reals = data.reference_set(self.config.reference)
+        metrics = GenerationMetrics(self._extractor, len(reals), total).to(module.device)
+        self._load_reference(trainer, metrics, reals)
+        conditions = data.evaluation_conditions(total)
+        for rows in self._turns(trainer, total, "generating"):
+            indices = [max(i, 0) for i in rows]  # padding draws picture 0: a sharded model needs every process
+            images = module.sample(
+                conditions[indices].to(module.device),
+                [derive_seed(self.seed, "evaluation", i) for i in indices],
+                steps=self.config.steps,
+                guidance=self.config.guidance,
+            )
+            metrics.update_fake(quantise(images), torch.tensor(rows))
+        values = metrics.compute()
+        self._extractor.cpu()  # its memory is training's again
+        return {f"eval/{name}": value for name, value in values.items()}
+
+    def _load_reference(self, trainer: L.Trainer, metrics: GenerationMetrics, reals: Dataset) -> None:
+        """Statistics of the real pictures: from disk, or computed by all processes and kept there."""
+        data: ImageDataModule = trainer.datamodule
+        key = (data.fingerprint(), self.config.reference, data.config.resolution, self._extractor.identity)
+        name = hashlib.sha256(repr(key).encode()).hexdigest()[:24]
+        path = Path(self.config.cache).expanduser() / f"reference-{name}.safetensors"
+        # Rank 0 decides for all: another run may be writing the file right now.
+        if not trainer.strategy.broadcast(path.is_file()):
+            for rows in self._turns(trainer, len(reals), "real pictures"):
+                images = torch.stack([reals[max(i, 0)] for i in rows])
+                metrics.update_real(images, torch.tensor(rows))
+            state = metrics.real_state()
+            if trainer.is_global_zero:
+                _write_atomically(state, path)
+            trainer.strategy.barrier("reference statistics")
+        metrics.load_real_state(load_file(path))
+
+    def _turns(self, trainer: L.Trainer, total: int, title: str) -> Iterator[list[int]]:
+        turns = EvaluationSampler(total, self.config.batch_size, trainer.global_rank, trainer.world_size)
+        return tqdm(turns, desc=title, leave=False, disable=not trainer.is_global_zero, unit="batch")
+
+    def _draw_grid(self, trainer: L.Trainer, module: GenerativeModule) -> None:
+        dataset = trainer.datamodule.validation_set()
+        rows = [i * len(dataset) // self.config.grid for i in range(min(self.config.grid, len(dataset)))]
+        batch = collate([dataset[i] for i in rows])
+        seeds = [derive_seed(self.seed, "grid", i) for i in range(len(rows))]
+        images = module.preview(batch.to(module.device), seeds)
+        captions = batch.conditions.captions or [""] * len(rows)
+        self._save_grid(trainer, images, captions)
+
+    @rank_zero_only
+    def _save_grid(self, trainer: L.Trainer, images: Tensor, captions: list[str]) -> None:
+        path = self.run_dir / "grids" / f"step-{trainer.global_step:07d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draw_grid(images, captions).save(path)
+        for logger in trainer.loggers:
+            logger.log_image("eval/grid", path, step=trainer.global_step)
+
+
+def _write_atomically(state: dict[str, Tensor], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file({key: value.contiguous().cpu() for key, value in state.items()}, temporary)
+    temporary.replace(path)

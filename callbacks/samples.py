@@ -1,0 +1,29 @@
+"""Pictures beside the prompts they were made for."""
+
+import textwrap
+
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from metrics.images import quantise
+
+
+def draw_grid(images: Tensor, captions: list[str], columns: int = 4, side: int = 160) -> Image.Image:
+    """One picture of n pictures, each over its caption.
+
+    images: float32 (n, 3, H, W) in [0, 1], shown `side` pixels wide. captions: n texts, wrapped.
+    """
+    font = ImageFont.load_default(size=12)
+    texts = [textwrap.fill(caption or "(no prompt)", width=side // 6) for caption in captions]
+    text_height = 16 * max(text.count("\n") + 1 for text in texts) + 8
+    margin, rows = 8, -(-len(images) // columns)
+    size = (columns * (side + margin) + margin, rows * (side + text_height + margin) + margin)
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (pixels, text) in enumerate(zip(quantise(images), texts, strict=True)):
+        x = margin + i % columns * (side + margin)
+        y = margin + i // columns * (side + text_height + margin)
+        picture = Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+        sheet.paste(picture.resize((side, side), Image.Resampling.BICUBIC), (x, y))
+        draw.multiline_text((x, y + side + 4), text, fill="black", font=font, spacing=3)
+    return sheet

@@ -1,0 +1,68 @@
+"""The command `medsynth`; each subcommand is the module of the same name in this package.
+
+Nothing heavy is imported before a subcommand runs, so that `--help` is instant.
+"""
+
+import importlib
+import sys
+
+import click
+
+from medsynth import __version__
+from medsynth.errors import UserError
+
+COMMANDS = {
+    "train": "Train a method from config files.",
+    "sample": "Draw pictures for a list of prompts.",
+    "evaluate": "Score a folder of pictures against a folder of real ones.",
+    "compare": "Compare the runs of an experiment, and the papers' own figures.",
+    "prepare": "Make phantom data, or fetch pretrained weights.",
+    "encode": "Compute a data set's latents once.",
+    "track": "Send to MLflow what a run could not send.",
+}
+
+
+class _LazyGroup(click.Group):
+    """Imports a subcommand's module only when it is called or asked for its options."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        return importlib.import_module(f"jobs.{name}").main
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def resolve_command(self, context: click.Context, args: list[str]):
+        try:
+            return super().resolve_command(context, args)
+        except click.UsageError as error:
+            from jobs.registry import nearest
+
+            raise click.UsageError(f"there is no command {args[0]}{nearest(args[0], COMMANDS)}") from error
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.version_option(__version__, prog_name="medsynth")
+def main() -> None:
+    """Train, launch, score and compare generators of medical images."""
+
+
+def run(command: str | None = None) -> None:
+    """Run `medsynth`, or one subcommand of it. A user's mistake is one line on standard error and exit code 2."""
+    target = main if command is None else main.get_command(click.Context(main), command)
+    name = "medsynth" if command is None else f"medsynth {command}"
+    try:
+        target.main(prog_name=name, standalone_mode=False)
+    except click.UsageError as error:
+        error.show()
+        sys.exit(2)
+    except click.exceptions.Abort:
+        sys.exit(130)
+    except UserError as error:
+        click.echo(f"medsynth: {error}", err=True)
+        sys.exit(2)

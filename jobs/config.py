@@ -1,0 +1,215 @@
+"""One run as one YAML: typed defaults, config files in order, then `key=value` arguments.
+
+The classes of `data` and `model` are chosen by their names before anything is merged, so that a wrong key or type is
+refused with the nearest right one.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from callbacks.checkpoint import CheckpointConfig
+from callbacks.ema import EMAConfig
+from callbacks.evaluation import EvaluationConfig
+from jobs.registry import data_class, method_class, nearest
+from jobs.tracking import TrackingConfig
+from medsynth.errors import UserError
+
+
+@dataclass
+class TrainConfig:
+    """How long and in which batches a run trains."""
+
+    global_batch_size: int = 32
+    """Samples an optimizer step, over all processes; micro-batches to accumulate follow from it."""
+    device_batch_size: int = 32
+    """Samples a process holds at once."""
+    max_steps: Optional[int] = None
+    """Optimizer steps; whichever of steps and epochs comes first ends the run."""
+    max_epochs: Optional[int] = None
+    """Passes over the data."""
+    gradient_clip_norm: Optional[float] = None
+    """Longest gradient, L2 norm; longer ones are scaled down."""
+    validate_every_epochs: int = 1
+    """Passes over the data from one validation to the next."""
+    validate_every_steps: Optional[int] = None
+    """Optimizer steps from one validation to the next, instead of passes."""
+    log_every_steps: int = 50
+    """Optimizer steps from one logged loss to the next."""
+
+
+@dataclass
+class HardwareConfig:
+    """What a run trains on; configs/hardware/ sets nothing else."""
+
+    accelerator: str = "auto"
+    """cpu, gpu or auto."""
+    devices: int = 1
+    """Processes a node, one a GPU."""
+    nodes: int = 1
+    """Machines."""
+    strategy: str = "auto"
+    """auto (one process) or ddp."""
+    precision: str = "32-true"
+    """Lightning's name: 32-true, bf16-mixed, 16-mixed."""
+    threads: Optional[int] = None
+    """CPU threads a process computes with; by default torch's choice."""
+
+
+@dataclass
+class RunConfig:
+    """A whole run."""
+
+    method: str = "???"
+    """Which method, by its name in jobs/registry.py."""
+    run_dir: str = "???"
+    """Folder of everything the run makes; the same folder again resumes the run."""
+    seed: int = 0
+    """Fixes weights, split, order, augmentation and noise."""
+    data: Any = "???"
+    """The data set: `name`, and that DataModule's own keys."""
+    model: Any = "???"
+    """The method's own keys."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Length and batches."""
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    """Devices, strategy, precision."""
+    ema: EMAConfig = field(default_factory=EMAConfig)
+    """Averaging of the trained weights."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """What is saved when."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """How the pictures are scored while training."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """Where MLflow is."""
+
+
+def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> DictConfig:
+    """Merge `files` in order, then `overrides` ("train.max_steps=100"), over the typed defaults.
+
+    Raises:
+        UserError: a file is missing or no YAML; a key is not known (the nearest is named); a value has the wrong type;
+            a required value is missing.
+    """
+    sources = [(str(file), _read(Path(file))) for file in files]
+    sources += [(override, _parse(override)) for override in overrides]
+    untyped = OmegaConf.merge(*(source for _, source in sources))
+    config = _schema(untyped)
+    for name, source in sources:
+        try:
+            config = OmegaConf.merge(config, source)
+        except (ConfigKeyError, ConfigAttributeError) as error:
+            raise UserError(_unknown_key(name, error, config)) from None
+        except OmegaConfBaseException as error:
+            raise UserError(f"{name}: {error.full_key or error}: {_first_line(error)}") from None
+    return _checked(config)
+
+
+def instantiate(config: DictConfig, section: str) -> Any:
+    """The section's dataclass object; raises UserError where a value is not allowed."""
+    return OmegaConf.to_object(config[section])
+
+
+def accumulation(config: DictConfig) -> int:
+    """Micro-batches an optimizer step; raises UserError where the global batch does not divide."""
+    train, hardware = config.train, config.hardware
+    at_once = train.device_batch_size * hardware.devices * hardware.nodes
+    if train.global_batch_size % at_once:
+        lower = max(1, train.global_batch_size // at_once) * at_once
+        raise UserError(
+            f"train.global_batch_size={train.global_batch_size} is no multiple of train.device_batch_size="
+            f"{train.device_batch_size} × {hardware.devices * hardware.nodes} processes; {lower} would be"
+        )
+    return train.global_batch_size // at_once
+
+
+def to_yaml(config: DictConfig) -> str:
+    """The resolved config; running it again repeats the run."""
+    return OmegaConf.to_yaml(config, resolve=True)
+
+
+def _read(path: Path) -> DictConfig:
+    try:
+        source = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise UserError(f"there is no config file {path}") from None
+    except Exception as error:  # yaml's errors are many; all mean the same to the user
+        raise UserError(f"{path} is no YAML: {_first_line(error)}") from None
+    if not isinstance(source, DictConfig):
+        raise UserError(f"{path} holds no keys")
+    return source
+
+
+def _parse(override: str) -> DictConfig:
+    key, separator, _ = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"{override}: a config file ends in .yaml, a setting is key=value")
+    return OmegaConf.from_dotlist([override])
+
+
+def _schema(untyped: DictConfig) -> DictConfig:
+    method = OmegaConf.select(untyped, "method")
+    if method is None:
+        raise UserError("no config file names a method (method: msdm)")
+    name = OmegaConf.select(untyped, "data.name")
+    if name is None:
+        raise UserError("no config file names a data set (data: {name: medvqa_gi})")
+    config = OmegaConf.structured(RunConfig)
+    config.model = OmegaConf.structured(method_class(method).Config)
+    config.data = OmegaConf.structured(data_class(name).Config)
+    _make_writable(config)
+    return config
+
+
+def _make_writable(node: DictConfig) -> None:
+    """OmegaConf makes frozen dataclasses read-only; they are frozen again as objects."""
+    OmegaConf.set_readonly(node, False)
+    for key in node:
+        if not OmegaConf.is_missing(node, key) and isinstance(child := node._get_node(key), DictConfig):
+            _make_writable(child)
+
+
+def _checked(config: DictConfig) -> DictConfig:
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise UserError(f"{missing[0]} is missing; give it in a config file or as {missing[0]}=VALUE")
+    try:
+        OmegaConf.resolve(config)
+        for section in ("model", "data", "evaluation", "checkpoint", "ema", "tracking", "train", "hardware"):
+            instantiate(config, section)
+    except UserError:
+        raise
+    except OmegaConfBaseException as error:
+        raise UserError(_first_line(error)) from None
+    if config.train.max_steps is None and config.train.max_epochs is None:
+        raise UserError("the run has no end: give train.max_steps or train.max_epochs")
+    if config.hardware.devices * config.hardware.nodes > 1 and config.hardware.strategy == "auto":
+        raise UserError("more than one process needs hardware.strategy=ddp")
+    accumulation(config)
+    return config
+
+
+def _unknown_key(source: str, error: OmegaConfBaseException, config: DictConfig) -> str:
+    full_key = str(error.full_key)
+    parent, _, key = full_key.rpartition(".")
+    siblings = [str(k) for k in (OmegaConf.select(config, parent) if parent else config)]
+    close = nearest(key, siblings)
+    everywhere = nearest(full_key, _all_keys(config))
+    return f"{source}: there is no key {full_key}{close if 'did you mean' in close else everywhere}"
+
+
+def _all_keys(config: DictConfig, prefix: str = "") -> list[str]:
+    keys = []
+    for key in config:
+        child = None if OmegaConf.is_missing(config, key) else config._get_node(key)
+        nested = isinstance(child, DictConfig) and not child._is_none()
+        keys += _all_keys(child, f"{prefix}{key}.") if nested else [f"{prefix}{key}"]
+    return keys
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]

@@ -1,0 +1,50 @@
+"""Names to classes. A new method or data set is one line here."""
+
+import importlib
+from difflib import get_close_matches
+from typing import NamedTuple
+
+from medsynth.errors import UserError
+
+
+class Method(NamedTuple):
+    """A method: where its module stands, the paper it is from, and what state it is in."""
+
+    target: str
+    paper: str
+    title: str
+
+
+METHODS = {
+    "msdm_vae": Method("lightning_modules.msdm_vae:MSDMVAEModule", "kandinsky-msdm", "MSDM, stage 1: autoencoder"),
+    "msdm": Method("lightning_modules.msdm:MSDM", "kandinsky-msdm", "MSDM, stage 2: latent diffusion with text"),
+}
+
+DATA = {
+    "medvqa_gi": "datamodules.medvqa_gi:MedVQAGI",
+}
+
+
+def nearest(word: str, known) -> str:
+    """`; did you mean …?` for the known word most like `word`, or the list of all where none is."""
+    close = get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(sorted(known))}"
+
+
+def method_class(name: str) -> type:
+    """The `GenerativeModule` subclass; raises UserError with the nearest name."""
+    if name not in METHODS:
+        raise UserError(f"method={name} is not known{nearest(name, METHODS)}")
+    return _load(METHODS[name].target)
+
+
+def data_class(name: str) -> type:
+    """The `ImageDataModule` subclass; raises UserError with the nearest name."""
+    if name not in DATA:
+        raise UserError(f"data.name={name} is not known{nearest(name, DATA)}")
+    return _load(DATA[name])
+
+
+def _load(target: str) -> type:
+    module, name = target.split(":")
+    return getattr(importlib.import_module(module), name)

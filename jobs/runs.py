@@ -1,0 +1,124 @@
+"""A run directory: what `medsynth train` writes and the other commands read.
+
+RUN/config.yaml        the resolved config: training it again resumes the run
+RUN/split.json         which pictures train and which validate
+RUN/checkpoints/       best.ckpt and last.ckpt
+RUN/grids/             pictures beside their prompts, one file an evaluation
+RUN/export/            the trained weights in the ecosystem's layout
+RUN/tracking/          what MLflow has been sent and what not yet
+"""
+
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.progress import Progress
+
+from callbacks.checkpoint import DurableCheckpointIO, newest_verified
+from callbacks.ema import load_ema_weights
+from datamodules.base import ImageDataModule
+from datamodules.cached import CachedLatents
+from jobs.config import accumulation, instantiate, load_config, to_yaml
+from jobs.registry import data_class, method_class
+from lightning_modules.base import GenerativeModule
+from lightning_modules.latent_diffusion import LatentDiffusion
+from medsynth.errors import UserError
+
+CONFIG_FILE = "config.yaml"
+# Another value here makes other weights: the run directory cannot go on with it.
+_IDENTITY = ("method", "model", "seed")
+
+
+def build_module(config: DictConfig) -> GenerativeModule:
+    """The configured method, its networks not yet made."""
+    return method_class(config.method)(instantiate(config, "model"))
+
+
+def build_source(config: DictConfig) -> tuple[ImageDataModule, dict[str, int]]:
+    """The configured DataModule over pictures, every row checked, and its counts."""
+    data = data_class(config.data.name)(
+        instantiate(config, "data"), config.seed, config.train.device_batch_size, accumulation(config)
+    )
+    with Progress(transient=True) as progress:
+        task = progress.add_task("checking data", total=None)
+        counts = data.check(lambda done, total: progress.update(task, completed=done, total=total))
+    return data, counts
+
+
+def build_data(config: DictConfig, module: GenerativeModule) -> tuple[ImageDataModule, dict[str, int]]:
+    """What training reads: pictures, or the latents that `data.latents` names; and the counts.
+
+    module: built, since latents belong to its encoder.
+    """
+    source, counts = build_source(config)
+    if config.data.latents is None:
+        return source, counts
+    if not isinstance(module, LatentDiffusion):
+        raise UserError(f"data.latents: method={config.method} learns from pictures; leave the key out")
+    return CachedLatents(source, module.encoder_digest()), counts
+
+
+def write_config(config: DictConfig) -> None:
+    """Write the resolved config into the run directory.
+
+    Raises:
+        UserError: the directory holds a run of another method, model or seed.
+    """
+    run_dir = Path(config.run_dir)
+    path = run_dir / CONFIG_FILE
+    if path.is_file():
+        _refuse_another_run(config, OmegaConf.load(path), run_dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        path.write_text(to_yaml(config))
+    except OSError as error:
+        raise UserError(f"run_dir={run_dir} cannot be written: {error.strerror}") from None
+
+
+def load_run(run_dir: Path, checkpoint: str = "best") -> tuple[GenerativeModule, DictConfig]:
+    """The trained model of a run with its averaged weights, in evaluation mode on the CPU, and the run's config.
+
+    checkpoint: "best" or "last"; where there is no best one, the newest that verifies.
+
+    Raises:
+        UserError: this is no run directory, or it holds no sound checkpoint.
+    """
+    path = Path(run_dir) / CONFIG_FILE
+    if not path.is_file():
+        raise UserError(f"{run_dir} is no run directory: it has no {CONFIG_FILE}")
+    config = load_config([path])
+    module = build_module(config)
+    module.configure_model()
+    load_weights(module, find_checkpoint(run_dir, checkpoint))
+    return module.eval(), config
+
+
+def find_checkpoint(run_dir: Path, name: str) -> Path:
+    """The named checkpoint, or the newest that verifies where there is none of that name."""
+    folder = Path(run_dir) / "checkpoints"
+    if (named := folder / f"{name}.ckpt").exists():
+        return named
+    newest, skipped = newest_verified(folder)
+    if newest is None:
+        reasons = "".join(f"; {path.name}: {reason}" for path, reason in skipped)
+        raise UserError(f"{run_dir} has no checkpoint yet{reasons}; train it first")
+    return newest
+
+
+def load_weights(module: GenerativeModule, checkpoint: Path) -> None:
+    """Put a checkpoint's weights, the averaged ones where there are any, into a built module."""
+    state = DurableCheckpointIO().load_checkpoint(checkpoint, map_location=torch.device("cpu"))
+    module.on_load_checkpoint(state)
+    module.load_state_dict(state["state_dict"], strict=False)
+    if "EMA" in state["callbacks"]:
+        load_ema_weights(module, state["callbacks"]["EMA"])
+
+
+def _refuse_another_run(config: DictConfig, old: DictConfig, run_dir: Path) -> None:
+    resolved = OmegaConf.to_container(config, resolve=True)
+    before = OmegaConf.to_container(old, resolve=True)
+    for section in _IDENTITY:
+        if resolved[section] != before.get(section):
+            raise UserError(
+                f"run_dir={run_dir} holds a run with another `{section}`; choose another run_dir, or remove that folder"
+            )

@@ -1,0 +1,73 @@
+"""What a run is about to do, before its first step."""
+
+import torch
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from datamodules.base import ImageDataModule, collate
+from jobs.config import accumulation
+from jobs.registry import METHODS
+from lightning_modules.base import GenerativeModule, count_parameters
+
+
+def print_summary(
+    config: DictConfig, module: GenerativeModule, data: ImageDataModule, facts: dict[str, object]
+) -> None:
+    """Print method, data, sizes and estimated memory. `facts` are the DataModule's counts."""
+    trained, frozen = count_parameters(module)
+    memory = estimate_memory(module, data, config)
+    train, hardware = config.train, config.hardware
+    processes = hardware.devices * hardware.nodes
+    table = Table(show_header=False, box=None, pad_edge=False)
+    rows = {
+        "method": f"{config.method} — {METHODS[config.method].title}",
+        "data": f"{config.data.name} · " + ", ".join(f"{value:,} {name}" for name, value in facts.items()),
+        "parameters": f"{trained / 1e6:,.2f} M trained, {frozen / 1e6:,.2f} M frozen",
+        "batch": f"{train.global_batch_size} = {processes} × {train.device_batch_size} × {accumulation(config)} "
+        "(processes × pictures a process × accumulation)",
+        "memory": f"about {_gigabytes(sum(memory.values()))} a process ("
+        + ", ".join(f"{name} {_gigabytes(size)}" for name, size in memory.items())
+        + ")",
+        "run directory": config.run_dir,
+    }
+    for name, value in rows.items():
+        table.add_row(f"[bold]{name}", value)
+    Console().print(table, highlight=False)
+
+
+def estimate_memory(module: GenerativeModule, data: ImageDataModule, config: DictConfig) -> dict[str, int]:
+    """Bytes a process needs to train: weights, gradients, optimizer, average, and activations.
+
+    Activations are measured: what autograd keeps for one picture, times the pictures a process holds at once.
+    """
+    trained, frozen = count_parameters(module)
+    sizes = {"weights": 4 * (trained + frozen), "gradients": 4 * trained, "optimizer": 8 * trained}
+    if config.ema.decay:
+        sizes["average"] = 4 * trained
+    sizes["activations"] = _activations(module, data) * config.train.device_batch_size
+    return sizes
+
+
+def _activations(module: GenerativeModule, data: ImageDataModule) -> int:
+    parameters = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    storages: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    module.eval()  # running statistics must not see this picture
+    batch = collate([data.validation_set()[0]])
+    with torch.autograd.graph.saved_tensors_hooks(note, nn.Identity()):
+        loss = module.losses(batch)["loss"]
+    del loss
+    module.train()
+    return sum(storages.values())
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"

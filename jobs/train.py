@@ -1,0 +1,192 @@
+"""`medsynth train`: one run from its config, begun or resumed."""
+
+import warnings
+from pathlib import Path
+
+import click
+
+from medsynth.errors import UserError
+
+
+@click.command()
+@click.argument("config", nargs=-1, required=True, metavar="CONFIG... [KEY=VALUE]...")
+@click.option("--print", "print_only", is_flag=True, help="Print the resolved YAML and stop.")
+def main(config: tuple[str, ...], print_only: bool) -> None:
+    """Train a method.
+
+    CONFIG are YAML files, merged in order; KEY=VALUE settings come last, for instance train.max_steps=1000. The same
+    run_dir again resumes the run where it was left. docs/configuration.md lists every key with its unit and default.
+    """
+    from jobs.config import load_config, to_yaml
+
+    files = [argument for argument in config if "=" not in argument]
+    overrides = [argument for argument in config if "=" in argument]
+    resolved = load_config(files, overrides)
+    if print_only:
+        click.echo(to_yaml(resolved), nl=False)
+    else:
+        train(resolved)
+
+
+def train(config):
+    """Run `config` to its end and return the Lightning trainer.
+
+    Raises:
+        UserError: before the first step, where config, data, weights and machine do not go together.
+    """
+    import lightning as L
+    import torch
+
+    from callbacks.checkpoint import newest_verified
+    from jobs.config import instantiate
+    from jobs.runs import build_data, build_module, find_checkpoint, load_weights, write_config
+    from jobs.summary import print_summary
+    from jobs.tracking import RunTracker, run_facts, ui_command
+
+    _quieten()
+    if config.hardware.threads:
+        torch.set_num_threads(config.hardware.threads)
+    L.seed_everything(config.seed, workers=True, verbose=False)
+    module = build_module(config)
+    _check_support(config, module)
+    for weights in module.required_weights():
+        weights.require()
+    module.configure_model()
+    data, counts = build_data(config, module)
+    run_dir = Path(config.run_dir)
+    evaluation = _build_evaluation(config, run_dir)
+
+    write_config(config)
+    data.write_split(run_dir)
+    tracker = RunTracker(run_dir, instantiate(config, "tracking"), config.tracking.run_name or run_dir.name)
+    trainer = _build_trainer(config, evaluation, tracker)
+    if trainer.is_global_zero:
+        print_summary(config, module, data, counts)
+        click.echo(f"MLflow: {ui_command(config.tracking.uri)}")
+    checkpoint, skipped = newest_verified(run_dir / "checkpoints")
+    if trainer.is_global_zero:
+        for path, reason in skipped:
+            click.echo(f"skipped checkpoint {path}: {reason}")
+        if checkpoint:
+            click.echo(f"resuming from {checkpoint}")
+    _log_run(tracker, config, module, data, run_facts())
+
+    trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
+
+    if trainer.is_global_zero:
+        best = find_checkpoint(run_dir, "best")
+        load_weights(module.cpu(), best)
+        module.export(run_dir / "export")
+        tracker.set_tags({"checkpoint.best": str(best), "export": str(run_dir / "export")})
+        click.echo(f"best checkpoint {best}, exported to {run_dir / 'export'}")
+    tracker.finalize("success")
+    return trainer
+
+
+def _check_support(config, module) -> None:
+    strategy = config.hardware.strategy
+    if strategy not in module.supports.strategies:
+        known = ", ".join(sorted(module.supports.strategies))
+        raise UserError(f"hardware.strategy={strategy}: {config.method} trains with {known}")
+
+
+def _build_evaluation(config, run_dir: Path):
+    from callbacks.evaluation import Evaluation
+    from jobs.config import instantiate
+    from metrics.extractors import build_extractor
+
+    settings = instantiate(config, "evaluation")
+    if settings.images:
+        build_extractor(settings.extractor, settings.weights)  # refuses absent weights now, not after an hour
+    return Evaluation(settings, run_dir, config.seed)
+
+
+def _build_trainer(config, evaluation, tracker):
+    import lightning as L
+    from lightning.pytorch.callbacks import LearningRateMonitor
+
+    from callbacks.checkpoint import DurableCheckpointIO, build_checkpoints
+    from callbacks.ema import EMA
+    from callbacks.progress import RunProgress, Throughput
+    from jobs.config import accumulation, instantiate
+
+    train, hardware = config.train, config.hardware
+    throughput = Throughput(train.global_batch_size)
+    callbacks = [throughput, RunProgress(throughput), LearningRateMonitor("step"), evaluation]
+    if config.ema.decay:
+        callbacks.insert(0, EMA(instantiate(config, "ema")))
+    callbacks += build_checkpoints(instantiate(config, "checkpoint"), Path(config.run_dir) / "checkpoints")
+    by_steps = train.validate_every_steps is not None
+    micro_batches = accumulation(config)
+    return L.Trainer(
+        accelerator=hardware.accelerator,
+        devices=hardware.devices,
+        num_nodes=hardware.nodes,
+        strategy=_strategy(hardware.strategy),
+        precision=hardware.precision,
+        max_steps=train.max_steps or -1,
+        max_epochs=train.max_epochs if train.max_epochs else -1,
+        accumulate_grad_batches=micro_batches,
+        gradient_clip_val=train.gradient_clip_norm,
+        val_check_interval=train.validate_every_steps * micro_batches if by_steps else 1.0,
+        check_val_every_n_epoch=None if by_steps else train.validate_every_epochs,
+        log_every_n_steps=train.log_every_steps,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,  # the DataModules deal the samples out themselves
+        callbacks=callbacks,
+        logger=tracker,
+        plugins=[DurableCheckpointIO()],
+        enable_model_summary=False,
+        default_root_dir=config.run_dir,
+    )
+
+
+def _strategy(name: str):
+    from lightning.pytorch.strategies import DDPStrategy
+
+    # Validation may give the processes different numbers of batches, which buffer broadcasts would wait for.
+    return DDPStrategy(broadcast_buffers=False) if name == "ddp" else name
+
+
+def _log_run(tracker, config, module, data, facts: dict[str, str]) -> None:
+    from omegaconf import OmegaConf
+
+    from jobs.registry import METHODS
+    from jobs.runs import CONFIG_FILE
+    from lightning_modules.base import count_parameters
+
+    trained, frozen = count_parameters(module)
+    tracker.log_hyperparams(OmegaConf.to_container(config, resolve=True))
+    tracker.log_artifact(Path(config.run_dir) / CONFIG_FILE)
+    tracker.set_tags(
+        facts
+        | {
+            "method": config.method,
+            "paper": METHODS[config.method].paper,
+            "data.fingerprint": data.fingerprint(),
+            "extractor": config.evaluation.extractor if config.evaluation.images else "none",
+            "parameters.trained": str(trained),
+            "parameters.frozen": str(frozen),
+        }
+    )
+
+
+def _quieten() -> None:
+    """Silence what Lightning says of things that are settled here."""
+    import logging
+
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",
+        ".*is not resumable.*",  # the DataModule's own state resumes the stream
+        ".*Checkpoint directory .* exists.*",
+        ".*smaller than the logging interval.*",
+        ".*found .* module\\(s\\) in eval mode.*",
+    ):
+        warnings.filterwarnings("ignore", message)
+
+
+if __name__ == "__main__":
+    from jobs.cli import run
+
+    run("train")

@@ -1,0 +1,161 @@
+"""The one contract every method keeps, and the pictures' ranges inside and outside a module."""
+
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar, final
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from datamodules.base import Conditions, ImageBatch
+from lightning_modules.optim import OptimConfig, configure_optimizers
+from lightning_modules.weights import Weights
+from medsynth.errors import UserError
+
+
+def to_model_range(images: Tensor) -> Tensor:
+    """[0, 1] to [-1, 1], any shape."""
+    return images * 2 - 1
+
+
+def to_image_range(images: Tensor) -> Tensor:
+    """[-1, 1] to [0, 1], any shape; what lies outside is clamped."""
+    return (images.float() / 2 + 0.5).clamp(0, 1)
+
+
+@dataclass(frozen=True)
+class Supports:
+    """What a method can be asked for; checked before anything is launched."""
+
+    conditions: frozenset[str]
+    """Of: captions, labels, control."""
+    strategies: frozenset[str] = frozenset({"auto", "ddp"})
+    """Of: auto (one process), ddp, fsdp, deepspeed."""
+
+
+class GenerativeModule(L.LightningModule, ABC):
+    """A method: how it learns from an `ImageBatch` and draws pictures for `Conditions`.
+
+    Pictures are float32 (n, 3, H, W) in [0, 1] at every public method. A subclass names its `Config` (a frozen
+    dataclass with a field `optim: OptimConfig`) and fills in the abstract methods; the steps, the optimizer and what
+    goes into a checkpoint stand here.
+    """
+
+    Config: ClassVar[type]
+    supports: ClassVar[Supports]
+    strict_loading = False  # frozen networks are not in the checkpoint
+
+    def __init__(self, config: Any):
+        super().__init__()
+        self.config = config
+        self._built = False
+
+    # What a method fills in
+
+    @abstractmethod
+    def build(self) -> None:
+        """Make or load every network: the only place where weights come from.
+
+        Raises:
+            UserError: weights are absent, or do not fit.
+        """
+
+    @abstractmethod
+    def trainable_modules(self) -> dict[str, nn.Module]:
+        """The networks that learn, by attribute name: what is optimised, averaged, saved and exported."""
+
+    @abstractmethod
+    def losses(self, batch: ImageBatch) -> dict[str, Tensor]:
+        """Scalars, among them "loss", which is minimised. A pure function of the weights and the batch."""
+
+    @abstractmethod
+    def sample(
+        self, conditions: Conditions, seeds: list[int], *, steps: int | None = None, guidance: float | None = None
+    ) -> Tensor:
+        """One picture for each condition and seed: float32 (n, 3, H, W) in [0, 1].
+
+        A picture is a function of its own condition and seed, not of the batch. `steps` and `guidance` default to the
+        config's.
+        """
+
+    @abstractmethod
+    def export(self, directory: Path) -> None:
+        """Write the weights in the ecosystem's own layout, without any of this project's training state."""
+
+    def required_weights(self) -> list[Weights]:
+        """Pretrained weights that `build` reads."""
+        return []
+
+    def preview(self, batch: ImageBatch, seeds: list[int]) -> Tensor:
+        """Pictures (n, 3, H, W) that show a person what the model can do with the rows of a validation batch."""
+        return self.sample(batch.conditions, seeds)
+
+    # What is the same for all
+
+    @final
+    def configure_model(self) -> None:
+        if not self._built:
+            self.build()
+            self._freeze_the_rest()
+            self._built = True
+
+    @final
+    def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
+        # Dropout draws from the global generator: tie it to the batch, so that a resumed run repeats it.
+        torch.manual_seed(max(0, int(batch.seeds[0])))
+        losses = self.losses(batch)
+        detached = {f"train/{name}": value.detach() for name, value in losses.items()}
+        self.log_dict(detached, batch_size=len(batch), on_step=True, on_epoch=False)
+        self.log("loss", losses["loss"].detach(), batch_size=len(batch), prog_bar=True, logger=False)
+        return losses["loss"]
+
+    @final
+    def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
+        real_rows = int((batch.seeds >= 0).sum())
+        losses = {f"val/{name}": value for name, value in self.losses(batch).items()}
+        self.log_dict(losses, batch_size=real_rows, on_step=False, on_epoch=True, sync_dist=True)
+
+    def configure_optimizers(self) -> dict:
+        total_steps = int(self.trainer.estimated_stepping_batches)
+        return configure_optimizers(self.config.optim, self.trainable_modules(), total_steps)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        prefixes = tuple(f"{name}." for name in self.trainable_modules())
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k.startswith(prefixes)}
+        checkpoint["config"] = asdict(self.config)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        expected = {f"{name}.{key}" for name, module in self.trainable_modules().items() for key in module.state_dict()}
+        given = set(checkpoint["state_dict"])
+        if expected != given:
+            key = sorted(expected ^ given)[0]
+            raise UserError(
+                f"the checkpoint does not fit this model: {len(expected - given)} weights are missing and "
+                f"{len(given - expected)} are strange, the first is {key}; use the config it was trained with"
+            )
+
+    def _freeze_the_rest(self) -> None:
+        trainable = {id(p) for module in self.trainable_modules().values() for p in module.parameters()}
+        for parameter in self.parameters():
+            if id(parameter) not in trainable:
+                parameter.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "GenerativeModule":
+        """Switch the trained networks; frozen ones stay in evaluation mode."""
+        super().train(False)
+        self.training = mode
+        if self._built:
+            for module in self.trainable_modules().values():
+                module.train(mode)
+        return self
+
+
+def count_parameters(module: GenerativeModule) -> tuple[int, int]:
+    """(trained, frozen) weights of a built module."""
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    return trained, sum(p.numel() for p in module.parameters()) - trained
+
+
+__all__ = ["GenerativeModule", "OptimConfig", "Supports", "count_parameters", "to_image_range", "to_model_range"]

@@ -1,0 +1,105 @@
+"""The mathematics of diffusion: schedules, targets, weights, guidance. Pure functions of tensors.
+
+Shapes: x_BCHW a picture or latent, t_B integer time steps, 0 the least noisy. alpha_bar is the cumulative product of
+1 - beta (Ho et al. 2020, eq. 4), so that x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps.
+"""
+
+import torch
+from torch import Tensor
+
+
+class SampleRandom:
+    """Random numbers drawn for each sample from its own seed, so that they do not depend on the batch it sits in.
+
+    Draws come in the order they are asked for; the same seeds and the same order of calls give the same numbers.
+    """
+
+    def __init__(self, seeds: Tensor | list[int], device: torch.device | str = "cpu"):
+        """seeds: n integers (int64 (n,) tensor or list), negative ones (padding) count as 0."""
+        seeds = seeds.tolist() if isinstance(seeds, Tensor) else seeds
+        self.device = torch.device(device)
+        self._generators = [torch.Generator(self.device).manual_seed(max(0, int(seed))) for seed in seeds]
+
+    def normal(self, *shape: int) -> Tensor:
+        """float32 (n, *shape), standard normal."""
+        return torch.stack([torch.randn(shape, generator=g, device=self.device) for g in self._generators])
+
+    def uniform(self, *shape: int) -> Tensor:
+        """float32 (n, *shape) in [0, 1)."""
+        return torch.stack([torch.rand(shape, generator=g, device=self.device) for g in self._generators])
+
+    def integers(self, high: int) -> Tensor:
+        """int64 (n,) in [0, high)."""
+        draws = [torch.randint(high, (), generator=g, device=self.device) for g in self._generators]
+        return torch.stack(draws)
+
+
+def scaled_linear_betas(start: float, end: float, steps: int) -> Tensor:
+    """float32 (steps,): linear in sqrt(beta), the schedule of latent diffusion (Rombach et al. 2022)."""
+    return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64).square().float()
+
+
+def alphas_cumprod(betas: Tensor) -> Tensor:
+    """float32 (steps,): alpha_bar_t = prod_{s<=t} (1 - beta_s), accumulated in float64."""
+    return (1 - betas.double()).cumprod(0).float()
+
+
+def at(values: Tensor, t_B: Tensor, ndim: int) -> Tensor:
+    """values[t] shaped (B, 1, …) to multiply a tensor of `ndim` dimensions."""
+    return values.to(t_B.device)[t_B].reshape(-1, *[1] * (ndim - 1))
+
+
+def add_noise(x_BCHW: Tensor, noise_BCHW: Tensor, t_B: Tensor, alpha_bar: Tensor) -> Tensor:
+    """x_t given x_0 and the noise (Ho et al. 2020, eq. 4)."""
+    a = at(alpha_bar, t_B, x_BCHW.ndim)
+    return a.sqrt() * x_BCHW + (1 - a).sqrt() * noise_BCHW
+
+
+def predicted_original(x_t_BCHW: Tensor, noise_BCHW: Tensor, t_B: Tensor, alpha_bar: Tensor) -> Tensor:
+    """x_0 that the predicted noise implies (Ho et al. 2020, eq. 15)."""
+    a = at(alpha_bar, t_B, x_t_BCHW.ndim)
+    return (x_t_BCHW - (1 - a).sqrt() * noise_BCHW) / a.sqrt()
+
+
+def guide(unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance, u + scale·(c - u): 1 is the plain conditional prediction (Ho & Salimans 2022)."""
+    return unconditional + scale * (conditional - unconditional)
+
+
+def posterior_mean(x_0_BCHW: Tensor, x_t_BCHW: Tensor, t_B: Tensor, betas: Tensor) -> Tensor:
+    """Mean of q(x_{t-1} | x_t, x_0) (Ho et al. 2020, eq. 7)."""
+    alpha_bar, previous = _alpha_bars(betas)
+    coefficient_0 = betas.double() * previous.sqrt() / (1 - alpha_bar)
+    coefficient_t = (1 - previous) * (1 - betas.double()).sqrt() / (1 - alpha_bar)
+    ndim = x_t_BCHW.ndim
+    return at(coefficient_0.float(), t_B, ndim) * x_0_BCHW + at(coefficient_t.float(), t_B, ndim) * x_t_BCHW
+
+
+def posterior_log_variance(t_B: Tensor, betas: Tensor, ndim: int) -> Tensor:
+    """log of the variance of q(x_{t-1} | x_t, x_0), (B, 1, …); at t = 0, where it is 0, the value of t = 1."""
+    alpha_bar, previous = _alpha_bars(betas)
+    variance = betas.double() * (1 - previous) / (1 - alpha_bar)
+    variance[0] = variance[1]
+    return at(variance.log().float(), t_B, ndim)
+
+
+def interpolated_log_variance(output: Tensor, t_B: Tensor, betas: Tensor) -> Tensor:
+    """A network's variance output, meant in [-1, 1], as a log-variance between the posterior's and beta's.
+
+    Improved DDPM (Nichol & Dhariwal 2021, eq. 15).
+    """
+    low, high = posterior_log_variance(t_B, betas, output.ndim), at(betas.log(), t_B, output.ndim)
+    share = (output + 1) / 2
+    return share * high + (1 - share) * low
+
+
+def gaussian_kl(mean_1: Tensor, log_variance_1: Tensor, mean_2: Tensor, log_variance_2: Tensor) -> Tensor:
+    """KL(N(mean_1, e^log_variance_1) || N(mean_2, e^log_variance_2)) of each element, in nats."""
+    ratio = (log_variance_1 - log_variance_2).exp()
+    distance = (mean_1 - mean_2).square() * (-log_variance_2).exp()
+    return 0.5 * (log_variance_2 - log_variance_1 + ratio + distance - 1)
+
+
+def _alpha_bars(betas: Tensor) -> tuple[Tensor, Tensor]:
+    alpha_bar = (1 - betas.double()).cumprod(0)
+    return alpha_bar, torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])

@@ -1,0 +1,229 @@
+"""MSDM, second stage: text-conditioned diffusion in the latents of msdm_vae (MMCP at MEDVQA-GI 2024, section 4.2)."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lightning_modules.base import Supports, to_model_range
+from lightning_modules.diffusion import (
+    gaussian_kl,
+    interpolated_log_variance,
+    posterior_log_variance,
+    posterior_mean,
+    predicted_original,
+)
+from lightning_modules.latent_diffusion import Context, Denoised, LatentDiffusion, LatentDiffusionConfig, guided
+from lightning_modules.msdm_vae import LatentCodec, LatentCodecConfig
+from lightning_modules.nets.msdm_unet import MSDMUNet
+from lightning_modules.optim import OptimConfig
+from lightning_modules.text import TextEncoder, TextEncoderConfig
+from lightning_modules.weights import RANDOM, Weights
+from medsynth.errors import UserError
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """MSDM's denoiser. Defaults: full size, 326 M weights."""
+
+    widths: list[int] = field(default_factory=lambda: [256, 256, 512, 1024])
+    """Channels: of the input convolution, then of each level."""
+    res_blocks: int = 2
+    """Residual blocks a level, each followed by cross-attention and feed-forward."""
+    heads: int = 8
+    """Attention heads."""
+    pool_head_dim: int = 64
+    """Channels of each head that pools the text into the time embedding."""
+    time_dim: int = 1024
+    """Width of the time embedding and of the projected text."""
+    norm_groups: int = 32
+    """Groups of each group norm."""
+    dropout: float = 0.1
+    """Dropout in residual blocks and attention (paper, 5.1.4)."""
+
+
+@dataclass(frozen=True)
+class MSDMConfig(LatentDiffusionConfig):
+    """MSDM's second stage. Defaults: the paper, and the authors' code where the paper is silent."""
+
+    resolution: int = 256
+    """Side of the square pictures, pixels."""
+    vae: str = "runs/msdm_vae/export/vae"
+    """Folder of the first stage's export; "random" makes an untrained one of `codec`."""
+    codec: LatentCodecConfig = field(default_factory=LatentCodecConfig)
+    """Architecture of a random first stage; a trained one brings its own."""
+    text_encoder: TextEncoderConfig = field(default_factory=lambda: TextEncoderConfig(max_tokens=64))
+    """CLIP ViT-L/14, prompts cut to 64 tokens."""
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    """Architecture of the denoiser."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """AdamW with torch's defaults at 1e-4 (paper, 5.1.1)."""
+    loss: str = "l1"
+    """Distance of predicted and true noise: l1 (the authors' code) or l2."""
+    self_conditioning: float = 0.5
+    """Share of samples that see the model's own first estimate of z_0; 0 builds the network without."""
+    learned_variance: bool = False
+    """Let the network also predict the reverse process's variance; then sample with ddpm."""
+    deep_supervision: int = 0
+    """Lower resolutions at which the network also predicts the noise."""
+
+    def __post_init__(self):
+        if self.loss not in ("l1", "l2"):
+            raise UserError(f"model.loss={self.loss} is not known; use l1 or l2")
+        if not 0 <= self.self_conditioning <= 1:
+            raise UserError(f"model.self_conditioning={self.self_conditioning} is a share: give 0 to 1")
+
+
+class MSDM(LatentDiffusion):
+    """A U-Net with text cross-attention that denoises the latents of a frozen autoencoder."""
+
+    Config = MSDMConfig
+    supports = Supports(conditions=frozenset({"captions"}))
+
+    def build(self) -> None:
+        config: MSDMConfig = self.config
+        self.codec = LatentCodec(config.codec) if config.vae == RANDOM else LatentCodec.load(self._vae(), "model.vae")
+        self.text_encoder = TextEncoder(config.text_encoder)
+        self.unet = MSDMUNet(
+            in_channels=self.codec.config.latent_channels,
+            widths=tuple(config.unet.widths),
+            res_blocks=config.unet.res_blocks,
+            heads=config.unet.heads,
+            pool_head_dim=config.unet.pool_head_dim,
+            time_dim=config.unet.time_dim,
+            text_dim=config.text_encoder.width,
+            norm_groups=config.unet.norm_groups,
+            dropout=config.unet.dropout,
+            self_conditioning=config.self_conditioning > 0,
+            learned_variance=config.learned_variance,
+            deep_supervision=config.deep_supervision,
+        )
+
+    def required_weights(self) -> list[Weights]:
+        sources = {"model.vae": self.config.vae, "model.text_encoder.source": self.config.text_encoder.source}
+        return [Weights(key, source) for key, source in sources.items() if source != RANDOM]
+
+    def trainable_modules(self) -> dict[str, nn.Module]:
+        return {"unet": self.unet}
+
+    def encode_moments(self, images: Tensor) -> Tensor:
+        return self.codec.moments(to_model_range(images))
+
+    def normalise(self, moments: Tensor, noise: Tensor) -> Tensor:
+        return self.codec.normalised(moments, noise)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.codec.decode_normalised(latents)
+
+    def embed(self, captions: list[str]) -> Context:
+        return Context(*self.text_encoder(captions))
+
+    def encoder_digest(self) -> str:
+        return self.codec.digest()
+
+    def latent_shape(self) -> tuple[int, int, int]:
+        side = self.config.resolution // self.codec.factor
+        return self.codec.config.latent_channels, side, side
+
+    def denoising_losses(
+        self, z_t: Tensor, noise: Tensor, t: Tensor, z_0: Tensor, context: Context, seeds: Tensor
+    ) -> dict[str, Tensor]:
+        estimate = self._first_estimate(z_t, t, context, seeds)
+        output, coarse = self.unet(z_t, t, context.embeddings, context.mask, estimate)
+        predicted, variance = self._split(output)
+        # Halved at each lower resolution, summing to one.
+        weights = torch.tensor([0.5**i for i in range(1 + len(coarse))])
+        targets = [noise, *(F.interpolate(noise, size=c.shape[2:], mode="area") for c in coarse)]
+        distance = F.l1_loss if self.config.loss == "l1" else F.mse_loss
+        terms = [distance(p, target) for p, target in zip([predicted, *coarse], targets, strict=True)]
+        losses = {"noise": sum(w * term for w, term in zip((weights / weights.sum()).tolist(), terms, strict=True))}
+        if variance is not None:
+            losses["variance"] = self._variance_loss(predicted.detach(), variance, z_t, z_0, t)
+        return losses | {"loss": sum(losses.values())}
+
+    def denoise(
+        self, z_t: Tensor, t: Tensor, context: Context, self_condition: Tensor | None, guidance: float
+    ) -> Denoised:
+        copies = 1 if guidance == 1 else 2
+        condition = None
+        if self.config.self_conditioning:
+            condition = torch.zeros_like(z_t) if self_condition is None else self_condition
+            condition = torch.cat([condition] * copies)
+        output, _ = self.unet(
+            torch.cat([z_t] * copies), torch.cat([t] * copies), context.embeddings, context.mask, condition
+        )
+        output = guided(output, guidance)
+        noise, variance = self._split(output)
+        keeps_variance = variance is not None and self.config.sampler.name == "ddpm"
+        return Denoised(output if keeps_variance else noise, self._estimate(z_t, noise, t))
+
+    def scheduler(self):
+        scheduler = super().scheduler()
+        if self.config.learned_variance and self.config.sampler.name == "ddpm":
+            scheduler = type(scheduler).from_config(scheduler.config, variance_type="learned_range")
+        return scheduler
+
+    def export(self, directory: Path) -> None:
+        self.codec.save(directory / "vae")
+        self.text_encoder.save_pretrained(directory)
+        self.scheduler().save_pretrained(directory / "scheduler")
+        unet = directory / "unet"
+        unet.mkdir(parents=True, exist_ok=True)
+        (unet / "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
+        weights = {k: v.contiguous() for k, v in self.unet.state_dict().items()}
+        save_file(weights, unet / "diffusion_pytorch_model.safetensors")
+
+    def _vae(self) -> Path:
+        folder = Path(self.config.vae)
+        if not folder.is_dir():
+            raise UserError(
+                f"model.vae: there is no folder {folder}; train the first stage (configs/msdm_vae.yaml) and name its "
+                f"export, RUN/export/vae"
+            )
+        return folder
+
+    def _split(self, output: Tensor) -> tuple[Tensor, Tensor | None]:
+        return output.chunk(2, dim=1) if self.config.learned_variance else (output, None)
+
+    def _first_estimate(self, z_t: Tensor, t: Tensor, context: Context, seeds: Tensor) -> Tensor | None:
+        """The model's own z_0 for the chosen share of samples, zeros for the others (Chen et al. 2022, 3.2)."""
+        share = self.config.self_conditioning
+        if share == 0:
+            return None
+        estimate = torch.zeros_like(z_t)
+        # The seeds are uniform in [0, 2^63): a sample's choice is its own, whatever its batch.
+        chosen = (seeds.double() / 2**63 < share).nonzero().flatten().to(z_t.device)
+        if len(chosen) == 0:
+            return estimate
+        with torch.no_grad():
+            rows = Context(context.embeddings[chosen], context.mask[chosen])
+            output, _ = self.unet(z_t[chosen], t[chosen], rows.embeddings, rows.mask, estimate[chosen])
+            noise, _ = self._split(output)
+            estimate[chosen] = self._estimate(z_t[chosen], noise, t[chosen]).to(estimate.dtype)
+        return estimate
+
+    def _estimate(self, z_t: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """z_0 for self-conditioning, held within 4 standard deviations: at large t any error in the noise explodes."""
+        return predicted_original(z_t, noise, t, self.alpha_bar).clamp(-4, 4)
+
+    def _variance_loss(self, noise: Tensor, variance: Tensor, z_t: Tensor, z_0: Tensor, t: Tensor) -> Tensor:
+        """The variational bound's term at t, mean over dimensions, nats; it trains the variance only.
+
+        Improved DDPM (Nichol & Dhariwal 2021, 3.1): T · 0.001 · L_t, which is L_t for T = 1000.
+        """
+        log_variance = interpolated_log_variance(variance, t, self.betas)
+        original = predicted_original(z_t, noise, t, self.alpha_bar)
+        mean = posterior_mean(original, z_t, t, self.betas)
+        true_mean = posterior_mean(z_0, z_t, t, self.betas)
+        kl = (
+            gaussian_kl(true_mean, posterior_log_variance(t, self.betas, z_t.ndim), mean, log_variance)
+            .flatten(1)
+            .mean(1)
+        )
+        likelihood = F.gaussian_nll_loss(mean, z_0, log_variance.exp(), full=True, reduction="none").flatten(1).mean(1)
+        bound = torch.where(t == 0, likelihood, kl).mean()
+        return bound * len(self.betas) / 1000

@@ -1,0 +1,231 @@
+"""MSDM, first stage: the autoencoder whose latents the second stage learns (MMCP at MEDVQA-GI 2024, section 4.2)."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torchmetrics.functional.image import structural_similarity_index_measure as ssim
+
+from datamodules.base import Conditions, ImageBatch
+from lightning_modules.base import GenerativeModule, Supports, to_image_range, to_model_range
+from lightning_modules.diffusion import SampleRandom
+from lightning_modules.nets.msdm_vae import MSDMVAE, MSDMVQVAE
+from lightning_modules.optim import OptimConfig
+from lightning_modules.perceptual import PerceptualLoss, vgg_url
+from lightning_modules.weights import RANDOM, Weights
+from medsynth.errors import UserError
+
+
+@dataclass(frozen=True)
+class LatentCodecConfig:
+    """The autoencoder's architecture."""
+
+    quantised: bool = False
+    """False: Gaussian latents. True: the VQ variant."""
+    latent_channels: int = 8
+    """Channels of the latent; the VQ variant uses 4."""
+    widths: list[int] = field(default_factory=lambda: [64, 128, 256, 512])
+    """Channels of each level; each but the first halves the resolution."""
+    norm_groups: int = 8
+    """Groups of each group norm."""
+    deep_supervision: int = 1
+    """Extra outputs at 1/2, 1/4 … of the resolution that also have to match the picture."""
+    codes: int = 8192
+    """Entries of the VQ variant's codebook."""
+    beta: float = 1.0
+    """Weight of the VQ variant's commitment to its codes."""
+
+
+@dataclass(frozen=True)
+class MSDMVAEConfig:
+    """MSDM's first stage. Defaults: the authors' code, full size."""
+
+    resolution: int = 256
+    """Side of the square pictures, pixels."""
+    codec: LatentCodecConfig = field(default_factory=LatentCodecConfig)
+    """Architecture."""
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(name="adam", lr=1e-4, weight_decay=0.0))
+    """Optimizer."""
+    pixel_loss: str = "l2"
+    """l2, or l1 as the VQ variant has it."""
+    perceptual_weight: float = 1.0
+    """Weight of LPIPS (VGG-16); 0 leaves it out and needs no weights."""
+    perceptual_weights: str = "torchvision"
+    """VGG-16 for LPIPS: torchvision's ImageNet weights, a local file of them, or "random"."""
+    ssim_weight: float = 1.0
+    """Weight of 1 - SSIM."""
+    kl_weight: float = 1e-6
+    """Weight of the KL divergence summed over latents, against a reconstruction loss summed over pixels."""
+    codebook_weight: float = 1.0
+    """Weight of the VQ variant's codebook loss."""
+
+    def __post_init__(self):
+        if self.pixel_loss not in ("l1", "l2"):
+            raise UserError(f"model.pixel_loss={self.pixel_loss} is not known; use l1 or l2")
+
+
+class LatentCodec(nn.Module):
+    """The autoencoder and the statistics of its latents: what the second stage needs of the first."""
+
+    def __init__(self, config: LatentCodecConfig):
+        super().__init__()
+        self.config = config
+        shared = {
+            "latent_channels": config.latent_channels,
+            "widths": tuple(config.widths),
+            "norm_groups": config.norm_groups,
+            "deep_supervision": config.deep_supervision,
+        }
+        quantiser = {"codes": config.codes, "beta": config.beta}
+        self.net = MSDMVQVAE(**shared, **quantiser) if config.quantised else MSDMVAE(**shared)
+        # Running mean and variance of each latent channel; its output is never used in training.
+        self.statistics = nn.BatchNorm2d(config.latent_channels, affine=False, momentum=0.01)
+
+    @property
+    def factor(self) -> int:
+        """Picture side over latent side."""
+        return self.net.downsampling_factor
+
+    def moments(self, x_BCHW: Tensor) -> Tensor:
+        """Posterior mean and log-variance (B, 2C, h, w) of pictures in [-1, 1]; the VQ variant's variance is nil."""
+        if self.config.quantised:
+            z = self.net.encode(x_BCHW)
+            return torch.cat([z, torch.full_like(z, -30.0)], dim=1)
+        return torch.cat(self.net.encode(x_BCHW), dim=1)
+
+    def normalised(self, moments: Tensor, noise: Tensor) -> Tensor:
+        """The posterior's sample, each channel brought to mean 0 and variance 1 over the data."""
+        mean, log_variance = moments.chunk(2, dim=1)
+        z = mean + (0.5 * log_variance).exp() * noise
+        shift, scale = self._shift_and_scale()
+        return (z - shift) / scale
+
+    def decode_normalised(self, z_BChw: Tensor) -> Tensor:
+        """Pictures in about [-1, 1] of latents as `normalised` gives them."""
+        shift, scale = self._shift_and_scale()
+        return self.net.decode(z_BChw * scale + shift)
+
+    def digest(self) -> str:
+        """SHA-256 of all weights."""
+        digest = hashlib.sha256()
+        for key, value in sorted(self.state_dict().items()):
+            digest.update(key.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def save(self, directory: Path) -> None:
+        """Write `config.json` and `diffusion_pytorch_model.safetensors`."""
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
+        save_file(
+            {k: v.contiguous() for k, v in self.state_dict().items()}, directory / "diffusion_pytorch_model.safetensors"
+        )
+
+    @classmethod
+    def load(cls, directory: Path, key: str) -> "LatentCodec":
+        """Read what `save` wrote; raises UserError that names `key` where it is absent or does not fit."""
+        try:
+            codec = cls(LatentCodecConfig(**json.loads((directory / "config.json").read_text())))
+            codec.load_state_dict(load_file(directory / "diffusion_pytorch_model.safetensors"))
+        except (OSError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"{key}: {directory} holds no autoencoder that msdm_vae exported: {error}") from error
+        return codec
+
+    def _shift_and_scale(self) -> tuple[Tensor, Tensor]:
+        shape = (1, -1, 1, 1)
+        return self.statistics.running_mean.view(shape), self.statistics.running_var.sqrt().view(shape)
+
+
+class MSDMVAEModule(GenerativeModule):
+    """Learns to encode and decode pictures.
+
+    The objective is the authors', divided by the number of values of a picture, P = 3·H·W: the sum over the outputs of
+    L2 + LPIPS + (1 - SSIM), each weighed by its share of P, + kl_weight · KL / P.
+    """
+
+    Config = MSDMVAEConfig
+    supports = Supports(conditions=frozenset())
+
+    def build(self) -> None:
+        config: MSDMVAEConfig = self.config
+        self.codec = LatentCodec(config.codec)
+        self.perceptual = None
+        if config.perceptual_weight:
+            self.perceptual = PerceptualLoss(self._vgg_source())
+
+    def required_weights(self) -> list[Weights]:
+        source = self._vgg_source()
+        needed = self.config.perceptual_weight and source != RANDOM
+        return [Weights("model.perceptual_weights", source)] if needed else []
+
+    def trainable_modules(self) -> dict[str, nn.Module]:
+        return {"codec": self.codec}
+
+    def losses(self, batch: ImageBatch) -> dict[str, Tensor]:
+        x = to_model_range(batch.images)
+        random = SampleRandom(batch.seeds, self.device)
+        z, losses = self._encode(x, random)
+        outputs = self.codec.net.decoder(z)
+        terms = zip(*(self._reconstruction(y, x) for y in outputs), strict=True)
+        losses |= dict(zip(("pixel", "perceptual", "structural"), map(sum, terms), strict=True))
+        config: MSDMVAEConfig = self.config
+        weights = {"pixel": 1.0, "perceptual": config.perceptual_weight, "structural": config.ssim_weight}
+        weights |= {"kl": config.kl_weight, "codebook": config.codebook_weight}
+        total = sum(weights[name] * value for name, value in losses.items())
+        with torch.no_grad():
+            error = F.mse_loss(to_image_range(outputs[0]), batch.images)
+            losses["psnr"] = -10 * error.clamp_min(1e-10).log10()
+        return losses | {"loss": total}
+
+    @torch.no_grad()
+    def sample(
+        self, conditions: Conditions, seeds: list[int], *, steps: int | None = None, guidance: float | None = None
+    ) -> Tensor:
+        """Pictures decoded from independent normal latents: no generator, but a look at the latent space."""
+        side = self.config.resolution // self.codec.factor
+        z = SampleRandom(seeds, self.device).normal(self.config.codec.latent_channels, side, side)
+        return to_image_range(self.codec.decode_normalised(z))
+
+    @torch.no_grad()
+    def preview(self, batch: ImageBatch, seeds: list[int]) -> Tensor:
+        """Pictures and their reconstructions, in turn; n is halved."""
+        images = batch.images[: max(1, len(batch) // 2)].to(self.device)
+        mean = self.codec.moments(to_model_range(images)).chunk(2, dim=1)[0]
+        pairs = torch.stack([images, to_image_range(self.codec.net.decode(mean))], dim=1)
+        return pairs.flatten(0, 1)
+
+    def export(self, directory: Path) -> None:
+        self.codec.save(directory / "vae")
+
+    def _encode(self, x: Tensor, random: SampleRandom) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.config.codec.quantised:
+            continuous = self.codec.net.encode(x)
+            z, codebook, _ = self.codec.net.quantize(continuous)
+            self._track(continuous)
+            return z, {"codebook": codebook}
+        mean, log_variance = self.codec.net.encode(x)
+        z = mean + (0.5 * log_variance).exp() * random.normal(*mean.shape[1:])
+        self._track(z)
+        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
+        return z, {"kl": kl.sum() / x.numel()}
+
+    def _track(self, z: Tensor) -> None:
+        if self.training:
+            self.codec.statistics(z.detach().float())
+
+    def _reconstruction(self, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Pixel loss, LPIPS and 1 - SSIM of one output against the picture at its resolution, times its share of P."""
+        target = x if y.shape == x.shape else F.interpolate(x, size=y.shape[2:], mode="nearest-exact")
+        pixel = F.l1_loss(y, target) if self.config.pixel_loss == "l1" else F.mse_loss(y, target)
+        perceptual = self.perceptual(y, target) if self.perceptual is not None else y.new_zeros(())
+        similarity = ssim(to_image_range(y), to_image_range(target), data_range=1.0)
+        share = y.numel() / x.numel()
+        return share * pixel, share * perceptual, share * (1 - similarity.clamp_min(0))
+
+    def _vgg_source(self) -> str:
+        source = self.config.perceptual_weights
+        return vgg_url() if source == "torchvision" else source

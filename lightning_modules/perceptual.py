@@ -1,0 +1,42 @@
+"""LPIPS with a VGG-16 from a file, a URL's cache or a fixed seed."""
+
+import torch
+from torch import Tensor, nn
+
+from lightning_modules.weights import RANDOM, Weights
+from medsynth.errors import UserError
+
+
+def vgg_url() -> str:
+    """Where torchvision publishes the VGG-16 weights that LPIPS was calibrated on."""
+    from torchvision.models import VGG16_Weights
+
+    return VGG16_Weights.IMAGENET1K_V1.url
+
+
+class PerceptualLoss(nn.Module):
+    """Learned perceptual image patch similarity (Zhang et al. 2018), VGG-16; frozen."""
+
+    def __init__(self, source: str):
+        """source: URL or file of torchvision's VGG-16 weights, or "random"; raises UserError where they do not fit."""
+        super().__init__()
+        from lpips import LPIPS
+
+        self.net = LPIPS(net="vgg", pnet_rand=True, verbose=False)
+        if source != RANDOM:
+            self._load_vgg(source)
+        self.requires_grad_(False).eval()
+
+    def forward(self, x_BCHW: Tensor, y_BCHW: Tensor) -> Tensor:
+        """Mean distance of two batches of pictures in [-1, 1]; at least 16 pixels a side."""
+        return self.net(x_BCHW, y_BCHW).mean()
+
+    def _load_vgg(self, source: str) -> None:
+        path = Weights("model.perceptual_weights", source).require()
+        try:
+            features = torch.load(path, map_location="cpu", weights_only=True)
+            # lpips cuts torchvision's `features` into slices but keeps the layers' numbers.
+            own = self.net.net.state_dict()
+            self.net.net.load_state_dict({key: features["features." + key.split(".", 1)[1]] for key in own})
+        except Exception as error:  # a damaged or foreign file fails in as many ways as there are files
+            raise UserError(f"model.perceptual_weights: {path} is no VGG-16 of torchvision's: {error}") from error

@@ -1,0 +1,81 @@
+"""Where pretrained weights come from: a hub id, a published URL, a local path, or nowhere ("random")."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from medsynth.errors import UserError
+
+RANDOM = "random"
+"""The source that means: made here from a fixed seed, nothing to load."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Pretrained weights that a method needs before it can train.
+
+    key: the config key that names them. source: hub id ("owner/name"), URL, local file or local folder.
+    """
+
+    key: str
+    source: str
+
+    @property
+    def is_url(self) -> bool:
+        return "://" in self.source
+
+    def find(self) -> Path | None:
+        """The local file or folder, or None where it is absent. Never goes to the network."""
+        if self.is_url:
+            path = Path(torch.hub.get_dir()) / "checkpoints" / self.source.rsplit("/", 1)[-1]
+            return path if path.is_file() else None
+        if Path(self.source).exists():
+            return Path(self.source)
+        return self._find_in_hub_cache()
+
+    def require(self) -> Path:
+        """The local file or folder.
+
+        Raises:
+            UserError: it is absent; the message names the command that fetches it.
+        """
+        path = self.find()
+        if path is None:
+            raise UserError(
+                f"{self.key}: {self.source} is not on this machine; run `medsynth prepare weights CONFIG` where there "
+                f"is internet, or set {self.key} to a local path"
+            )
+        return path
+
+    def fetch(self) -> Path:
+        """Bring the weights into the local cache, with a progress bar, and return where they are."""
+        if (path := self.find()) is not None:
+            return path
+        try:
+            return self._download()
+        except Exception as error:  # whatever the network libraries raise: the user can only mend source or network
+            raise UserError(f"{self.key}: {self.source} could not be fetched: {error}") from error
+
+    def _download(self) -> Path:
+        if self.is_url:
+            target = Path(torch.hub.get_dir()) / "checkpoints" / self.source.rsplit("/", 1)[-1]
+            target.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(self.source, str(target))
+            return target
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(self.source, allow_patterns=_HUB_FILES))
+
+    def _find_in_hub_cache(self) -> Path | None:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+        try:
+            return Path(snapshot_download(self.source, local_files_only=True))
+        except (LocalEntryNotFoundError, HFValidationError):
+            return None
+
+
+# Configs, tokenizers and safetensors; never pickles, nor the same weights for other frameworks.
+_HUB_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
