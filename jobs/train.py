@@ -11,11 +11,12 @@ from medsynth.errors import UserError
 @click.command()
 @click.argument("config", nargs=-1, required=True, metavar="CONFIG... [KEY=VALUE]...")
 @click.option("--print", "print_only", is_flag=True, help="Print the resolved YAML and stop.")
-def main(config: tuple[str, ...], print_only: bool) -> None:
+@click.option("--keys", is_flag=True, help="List every KEY of this run with type, value and meaning, and stop.")
+def main(config: tuple[str, ...], print_only: bool, keys: bool) -> None:
     """Train a method.
 
     CONFIG are YAML files, merged in order; KEY=VALUE settings come last, for instance train.max_steps=1000. The same
-    run_dir again resumes the run where it was left. docs/configuration.md lists every key with its unit and default.
+    run_dir again resumes the run where it was left.
     """
     from jobs.config import load_config, to_yaml
 
@@ -24,8 +25,23 @@ def main(config: tuple[str, ...], print_only: bool) -> None:
     resolved = load_config(files, overrides)
     if print_only:
         click.echo(to_yaml(resolved), nl=False)
+    elif keys:
+        _list_keys(resolved)
     else:
         train(resolved)
+
+
+def _list_keys(config) -> None:
+    from omegaconf import OmegaConf
+    from rich.console import Console
+    from rich.table import Table
+
+    from jobs.keys import describe
+
+    table = Table("key", "type", "value", "meaning", box=None)
+    for key in describe(OmegaConf.to_object(config)):
+        table.add_row(key.name, key.type, str(key.value), key.meaning)
+    Console().print(table, highlight=False)
 
 
 def train(config):

@@ -156,10 +156,13 @@ class MSDM(LatentDiffusion):
         output, _ = self.unet(
             torch.cat([z_t] * copies), torch.cat([t] * copies), context.embeddings, context.mask, condition
         )
-        output = guided(output, guidance)
         noise, variance = self._split(output)
-        keeps_variance = variance is not None and self.config.sampler.name == "ddpm"
-        return Denoised(output if keeps_variance else noise, self._estimate(z_t, noise, t))
+        noise = guided(noise, guidance)
+        model_output = noise
+        if variance is not None and self.config.sampler.name == "ddpm":
+            # The conditional rows' own, within what the interpolation means (Nichol & Dhariwal 2021, eq. 15).
+            model_output = torch.cat([noise, variance[-len(z_t) :].clamp(-1, 1)], dim=1)
+        return Denoised(model_output, self._estimate(z_t, noise, t))
 
     def scheduler(self):
         scheduler = super().scheduler()

@@ -1,5 +1,7 @@
 """LPIPS with a VGG-16 from a file, a URL's cache or a fixed seed."""
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 
@@ -22,7 +24,9 @@ class PerceptualLoss(nn.Module):
         super().__init__()
         from lpips import LPIPS
 
-        self.net = LPIPS(net="vgg", pnet_rand=True, verbose=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it asks torchvision in an older way, and for a random VGG
+            self.net = LPIPS(net="vgg", pnet_rand=True, verbose=False)
         if source != RANDOM:
             self._load_vgg(source)
         self.requires_grad_(False).eval()

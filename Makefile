@@ -1,0 +1,34 @@
+VENV := .venv
+BIN := $(VENV)/bin
+# Threads that wait must not burn the core that another needs.
+export OMP_WAIT_POLICY := PASSIVE
+
+.PHONY: help install quickstart test lint format clean
+
+help:  ## Show what there is to make
+	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(VENV)/installed: pyproject.toml
+	python3 -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Medsynth needs Python 3.11 or newer")'
+	python3 -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+install: $(VENV)/installed  ## Make .venv with everything in it
+
+quickstart: install  ## Train a small MSDM on phantom pictures, on the CPU, in under 8 minutes
+	$(BIN)/python -m jobs.quickstart
+
+test: install lint  ## Lint and run every test
+	$(BIN)/python -m pytest
+
+lint: install  ## Check style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: install  ## Mend style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## Remove what quickstart made; runs and .venv stay
+	rm -rf quickstart

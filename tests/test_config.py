@@ -1,0 +1,87 @@
+"""Configs: merging, and one clear line for each mistake."""
+
+import pytest
+from omegaconf import OmegaConf
+
+from jobs.config import accumulation, load_config, to_yaml
+from medsynth.errors import UserError
+from tests.conftest import REPOSITORY
+
+TINY = REPOSITORY / "configs/tiny/msdm.yaml"
+
+
+def test_later_files_and_settings_win(tmp_path):
+    override = tmp_path / "more.yaml"
+    override.write_text("model: {optim: {lr: 3e-4}}\ntrain: {max_steps: 7}\n")
+    config = load_config([TINY, override], ["train.max_steps=9", "model.unet.widths=[16,32,32]"])
+    assert config.model.optim.lr == 3e-4
+    assert config.train.max_steps == 9
+    assert config.model.unet.widths == [16, 32, 32]
+
+
+def test_the_resolved_yaml_repeats_the_run(tmp_path):
+    config = load_config([TINY], ["data.resolution=64"])
+    path = tmp_path / "resolved.yaml"
+    path.write_text(to_yaml(config))
+    again = load_config([path])
+    assert again == config
+    assert config.model.resolution == 64, "one fact in one place: the model's side follows the data's"
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("model.optim.lrr=1", "did you mean lr?"),
+        ("model.unet.width=[8]", "did you mean widths?"),
+        ("trian.max_steps=1", "did you mean train?"),
+        ("data.resolutoin=8", "did you mean resolution?"),
+        ("train.max_steps=many", "train.max_steps"),
+        ("model.optim.name=sgdd", "use one of adamw, adam"),
+        ("model.loss=l3", "use l1 or l2"),
+        ("method=msdn", "did you mean msdm?"),
+        ("data.name=medvqa", "did you mean medvqa_gi?"),
+        ("evaluation.reference=some", "use train, val or all"),
+        ("model.self_conditioning=2", "give 0 to 1"),
+        ("data.prompt_dropout=1.5", "between 0 and 1"),
+        ("train.global_batch_size=5", "4 would be"),
+        ("hardware.devices=2 ", "hardware.strategy=ddp"),
+        ("configs/none.yml", "key=value"),
+    ],
+)
+def test_a_mistake_is_one_clear_line(setting, said):
+    with pytest.raises(UserError) as caught:
+        load_config([TINY], [setting.strip(), "train.device_batch_size=2"] if "devices" in setting else [setting])
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_missing_is_named():
+    with pytest.raises(UserError, match="there is no config file"):
+        load_config(["no/such.yaml"])
+    with pytest.raises(UserError, match="names a method"):
+        load_config([REPOSITORY / "configs/hardware/cpu.yaml"])
+
+
+def test_a_broken_file_is_named(tmp_path):
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("a: [1, 2\nb: }")
+    with pytest.raises(UserError, match="broken.yaml is no YAML"):
+        load_config([broken])
+
+
+def test_a_run_without_an_end_is_refused():
+    with pytest.raises(UserError, match="no end"):
+        load_config([TINY], ["train.max_steps=null"])
+
+
+def test_accumulation_follows_from_the_global_batch():
+    config = load_config([TINY], ["train.global_batch_size=24", "train.device_batch_size=4"])
+    assert accumulation(config) == 6
+    config = load_config([TINY], ["hardware.devices=3", "hardware.strategy=ddp", "train.global_batch_size=24"])
+    assert accumulation(config) == 2
+
+
+def test_everything_is_typed():
+    config = load_config([TINY])
+    for section in ("data", "model", "train", "hardware", "ema", "checkpoint", "evaluation", "tracking"):
+        assert OmegaConf.get_type(config[section]) is not dict, section
