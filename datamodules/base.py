@@ -261,13 +261,18 @@ class ImageDataModule(L.LightningDataModule, ABC):
 
     @abstractmethod
     def training_set(self) -> Dataset:
-        """Maps a stream position to one `ImageBatch` of one row."""
+        """Maps a stream position to one `ImageBatch` of one row.
+
+        It also has `stream` (the `SampleStream`), `sample(pass, index)` (picture and caption) and `caption(pass, index)`,
+        which a cache of latents is made of.
+        """
 
     @abstractmethod
     def validation_set(self) -> Dataset:
         """Maps an index to one `ImageBatch` of one row: no augmentation, fixed seed.
 
-        The index -1 is padding: any row, with seed -1.
+        The index -1 is padding: any row, with seed -1. It also has `caption(index)` and `noise_seed(index)`, which read
+        no picture.
         """
 
     @abstractmethod
@@ -297,10 +302,24 @@ class ImageDataModule(L.LightningDataModule, ABC):
         return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, **self._loading())
 
     def state_dict(self) -> dict[str, int]:
-        return {"position": self._loader.position if self._loader else self._position}
+        position = self._loader.position if self._loader else self._position
+        return {"position": position, "accumulate": self.accumulate}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self._position, self._loader = state["position"], None
+
+    def rescale_progress(self, checkpoint: dict[str, Any]) -> None:
+        """Restate a checkpoint's counts of micro-batches in those of this run, before Lightning restores them.
+
+        Lightning takes an optimizer step where the count divides by the accumulation. A run that resumes on another
+        number of processes accumulates otherwise: without this it would take its first step too early. A step that
+        was open when the checkpoint was saved is taken again, as `position` has it.
+        """
+        before = checkpoint[type(self).__qualname__]["accumulate"]
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for counts in (progress["total"], progress["current"]):
+            shift = counts["ready"] // before * self.accumulate - counts["ready"]
+            counts.update({stage: count + shift for stage, count in counts.items()})
 
     def _loading(self) -> dict[str, Any]:
         workers = self.config.workers

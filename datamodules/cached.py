@@ -113,7 +113,7 @@ class _CachedValidation(Dataset):
 
     def __getitem__(self, index: int) -> ImageBatch:
         latents = self.latents[index % len(self)]
-        return _row(latents, self.source.caption(index), self.source.seed_of(index))
+        return _row(latents, self.source.caption(index), self.source.noise_seed(index))
 
 
 def _row(latents: torch.Tensor, caption: str, seed: int) -> ImageBatch:

@@ -19,7 +19,7 @@ def main(out: Path) -> None:
     from jobs.train import train
 
     click.secho("1/4 Drawing phantom colonoscopy pictures", bold=True)
-    write_colonoscopy(out / "data", images=800, seed=0, size=64)
+    write_colonoscopy(out / "data", images=1000, seed=0, size=64)
 
     click.secho("2/4 Training the autoencoder", bold=True)
     shared = [f"data.root={out}/data", f"evaluation.cache={out}/cache"]

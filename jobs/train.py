@@ -188,16 +188,20 @@ def _log_run(tracker, config, module, data, facts: dict[str, str]) -> None:
 
 
 def _quieten() -> None:
-    """Silence what Lightning says of things that are settled here."""
+    """Silence what libraries say of things that are settled here."""
     import logging
 
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
+        logging.getLogger(f"lightning.pytorch.{name}").setLevel(logging.WARNING)
     for message in (
         ".*does not have many workers.*",
-        ".*is not resumable.*",  # the DataModule's own state resumes the stream
-        ".*Checkpoint directory .* exists.*",
+        ".*weights_only.*",  # DurableCheckpointIO never unpickles code
+        ".*isinstance.treespec.*",
         ".*smaller than the logging interval.*",
-        ".*found .* module\\(s\\) in eval mode.*",
+        ".*found .* module.s. in eval mode.*",
     ):
         warnings.filterwarnings("ignore", message)
 

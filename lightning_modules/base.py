@@ -135,6 +135,8 @@ class GenerativeModule(L.LightningModule, ABC):
                 f"the checkpoint does not fit this model: {len(expected - given)} weights are missing and "
                 f"{len(given - expected)} are strange, the first is {key}; use the config it was trained with"
             )
+        if self._trainer is not None and self.trainer.datamodule is not None:  # resuming, not only reading weights
+            self.trainer.datamodule.rescale_progress(checkpoint)
 
     def _freeze_the_rest(self) -> None:
         trainable = {id(p) for module in self.trainable_modules().values() for p in module.parameters()}

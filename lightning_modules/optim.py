@@ -9,6 +9,7 @@ from torch import nn
 from medsynth.errors import UserError
 
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
+SCHEDULES = ("constant", "linear", "cosine", "polynomial")
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class OptimConfig:
     def __post_init__(self):
         if self.name not in OPTIMIZERS:
             raise UserError(f"model.optim.name={self.name} is not known; use one of {', '.join(OPTIMIZERS)}")
+        if self.schedule not in SCHEDULES:
+            raise UserError(f"model.optim.schedule={self.schedule} is not known; use one of {', '.join(SCHEDULES)}")
 
 
 def configure_optimizers(config: OptimConfig, modules: dict[str, nn.Module], total_steps: int) -> dict:
@@ -50,5 +53,5 @@ def configure_optimizers(config: OptimConfig, modules: dict[str, nn.Module], tot
         fused=all(p.is_cuda and p.is_floating_point() for p in parameters),
     )
     name = "constant_with_warmup" if config.schedule == "constant" and config.warmup_steps else config.schedule
-    schedule = get_scheduler(name, optimizer, config.warmup_steps, total_steps)
+    schedule = get_scheduler(name, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=total_steps)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -1,0 +1,381 @@
+"""Durable checkpoints: how they are written and checked, and when training writes them."""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path, PurePath
+from typing import Any, Optional
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning_utilities.core.apply_func import apply_to_collection
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from callbacks.ema import EMA
+from medsynth.errors import UserError
+
+WEIGHTS, AVERAGE, STATE, MANIFEST = "weights.safetensors", "ema.safetensors", "state.pt", "manifest.json"
+BEST, LAST = "best.ckpt", "last.ckpt"
+FORMAT = 1
+
+
+class CheckpointDamaged(UserError):  # noqa: N818
+    """A checkpoint is not what was saved. `reason` names the file and what is wrong with it."""
+
+    def __init__(self, path: Path, reason: str):
+        super().__init__(f"checkpoint {path} is damaged: {reason}. Use another checkpoint of the run")
+        self.reason = reason
+
+
+class DurableCheckpointIO(CheckpointIO):
+    """Checkpoints as directories that are whole or known to be damaged.
+
+    `<name>.ckpt/` holds `weights.safetensors` (the module's state), `ema.safetensors` (the average, if there is one),
+    `state.pt` (all the rest; loads with `weights_only=True`) and `manifest.json` (global step, epoch, and the size and
+    SHA-256 of each file).
+
+    A save writes and fsyncs all of it in `.<name>.ckpt.tmp-…` beside, moves an older `<name>.ckpt` aside to
+    `.<name>.ckpt.old`, moves the new one into its place, fsyncs the parent, and only then removes the older one. So a
+    whole checkpoint exists at every moment; `newest_verified` also looks aside. What a killed save left, the next save
+    of that name removes. Only one process may write to a directory.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Mapping[str, Any] | None = None
+    ) -> None:
+        """Save Lightning's `checkpoint` as the directory `path`; `storage_options` are further entries of its manifest.
+
+        Raises:
+            UserError: it could not be written, for instance on a full disk. What stood at `path` stands there still.
+            TypeError: it holds an object that could only be loaded by running code.
+        """
+        target = Path(path)
+        temporary = _temporary(target)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _remove_leftovers(target)
+            _write(checkpoint, temporary, storage_options or {})
+            _put_in_place(temporary, target)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            mend = "Check the free space and the quota of its disk"
+            raise UserError(f"checkpoint {target} could not be written: {error}. {mend}") from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)  # after a success there is none
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: torch.device | str | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """The dict that was saved, on the CPU or on `map_location`. No code is unpickled, whatever `weights_only` says.
+
+        Raises:
+            CheckpointDamaged: a file is missing or not what was saved.
+        """
+        path, device = Path(path), str(map_location or "cpu")
+        manifest = _verified(path)
+        checkpoint = torch.load(path / STATE, map_location=device, weights_only=True)
+        checkpoint["state_dict"] = load_file(path / WEIGHTS, device=device)
+        if AVERAGE in manifest["files"]:
+            checkpoint["callbacks"][EMA.state_key]["shadow"] = load_file(path / AVERAGE, device=device)
+        return checkpoint
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Remove the checkpoint `path`; nobody ever sees a part of it."""
+        target = Path(path)
+        for found in (_aside(target), target):
+            if found.exists():
+                _discard(found, target)
+
+
+def read_manifest(path: str | Path) -> dict[str, Any]:
+    """`manifest.json` of the checkpoint `path`: format, global_step, epoch, files; a best one's metric (name, value).
+
+    Raises:
+        CheckpointDamaged: there is none, it is not what was saved, or a later version of this package wrote it.
+    """
+    path = Path(path)
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointDamaged(path, f"{MANIFEST} cannot be read ({error.strerror})") from error
+    except ValueError:
+        manifest = None
+    if not isinstance(manifest, dict) or manifest.pop("sha256", None) != _manifest_digest(manifest):
+        raise CheckpointDamaged(path, f"{MANIFEST} is not what was saved")
+    if manifest["format"] != FORMAT:
+        raise CheckpointDamaged(path, f"{MANIFEST} has format {manifest['format']}, and this version reads {FORMAT}")
+    return manifest
+
+
+def verify(path: str | Path) -> str | None:
+    """None when the checkpoint `path` is what was saved, else the file and what is wrong with it."""
+    try:
+        _verified(Path(path))
+    except CheckpointDamaged as damage:
+        return damage.reason
+    return None
+
+
+def newest_verified(directory: str | Path) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """The whole checkpoint in `directory` with the highest global step (of equals the one written last), or None.
+
+    Second, the checkpoints that were passed over on the way to it, each with the reason.
+    """
+    readable, skipped = [], []
+    for path in [*Path(directory).glob("*.ckpt"), *Path(directory).glob(".*.ckpt.old")]:
+        try:
+            step = read_manifest(path)["global_step"]
+            readable.append((step, (path / MANIFEST).stat().st_mtime_ns, path))
+        except CheckpointDamaged as damage:
+            skipped.append((path, damage.reason))
+    for *_, path in sorted(readable, reverse=True):
+        reason = verify(path)
+        if reason is None:
+            return path, skipped
+        skipped.append((path, reason))
+    return None, skipped
+
+
+def best_checkpoint(directory: str | Path) -> Path:
+    """The checkpoint in `directory` with the best monitored value; loading it verifies it.
+
+    Raises:
+        UserError: there is none yet.
+    """
+    path = Path(directory) / BEST
+    for found in (path, _aside(path)):
+        if found.exists():
+            return found
+    raise UserError(f"{path} does not exist: no validation has given the monitored value yet. Use {LAST}")
+
+
+@dataclass
+class CheckpointConfig:
+    """When training saves `last.ckpt` and `best.ckpt`."""
+
+    every_steps: Optional[int] = 1000
+    """Optimizer steps between saves of last.ckpt; null saves it only after each validation and at the end."""
+    monitor: str = "val/loss"
+    """The logged value that chooses best.ckpt, for instance eval/fid; validations without it are passed over."""
+    mode: str = "min"
+    """Whether the lowest ("min") or the highest ("max") value is best."""
+
+    def __post_init__(self):
+        if self.every_steps is not None and self.every_steps < 1:
+            raise UserError(f"checkpoint.every_steps is {self.every_steps}: give at least 1 step, or null")
+        if self.mode not in ("min", "max"):
+            raise UserError(f'checkpoint.mode is "{self.mode}": give "min" or "max"')
+
+
+def build_checkpoints(config: CheckpointConfig, directory: str | Path) -> list[L.Callback]:
+    """The callbacks that save `best.ckpt` and `last.ckpt` into `directory` through the trainer's checkpoint IO."""
+    # In this order last.ckpt is the newer of two saves at one step.
+    return [
+        BestCheckpoint(Path(directory) / BEST, config.monitor, config.mode),
+        LastCheckpoint(Path(directory) / LAST, config.every_steps),
+    ]
+
+
+class LastCheckpoint(Checkpoint):
+    """Replaces `path` every `every_steps` steps of `trainer.global_step`, after each validation and at the end."""
+
+    def __init__(self, path: Path, every_steps: int | None):
+        self.path, self.every_steps = path, every_steps
+        self._saved = 0  # global step of the newest save
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._saved = trainer.global_step
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        # Two optimizers move the count by two a batch, perhaps past a multiple.
+        if self.every_steps and trainer.global_step // self.every_steps > self._saved // self.every_steps:
+            self._save(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Also where this step is saved already: a resume has to know that its validation is done.
+        if _is_fitting(trainer):
+            self._save(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.global_step > self._saved:
+            self._save(trainer)
+
+    def _save(self, trainer: L.Trainer) -> None:
+        trainer.save_checkpoint(self.path)
+        self._saved = trainer.global_step
+
+
+class BestCheckpoint(Checkpoint):
+    """Replaces `path` after each validation with a better value of `monitor` than all before, resumed or not."""
+
+    def __init__(self, path: Path, monitor: str, mode: str):
+        self.path, self.monitor, self.mode = path, monitor, mode
+        self.value: float | None = None  # the best so far
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not _is_fitting(trainer):
+            return
+        metric = trainer.callback_metrics.get(self.monitor)
+        # All processes save together or not at all: the first one's value decides.
+        value = trainer.strategy.broadcast(None if metric is None else float(metric))
+        if value is None or not self._is_better(value):
+            return
+        self.value = value
+        trainer.save_checkpoint(self.path, storage_options={"metric": {"name": self.monitor, "value": value}})
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"monitor": self.monitor, "mode": self.mode, "value": self.value}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if (state["monitor"], state["mode"]) == (self.monitor, self.mode):
+            self.value = state["value"]
+
+    def _is_better(self, value: float) -> bool:
+        # Strictly better: the trainer goes on showing the value of an earlier validation, which must not win again.
+        if math.isnan(value) or self.value is None:
+            return not math.isnan(value)
+        return value < self.value if self.mode == "min" else value > self.value
+
+
+def _is_fitting(trainer: L.Trainer) -> bool:
+    return trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+
+
+def _temporary(target: Path, kind: str = "new") -> Path:
+    return target.with_name(f".{target.name}.tmp-{kind}-{os.getpid()}")
+
+
+def _aside(target: Path) -> Path:
+    return target.with_name(f".{target.name}.old")
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove what a killed save of `target` left; the older checkpoint only where the new one got into its place."""
+    for leftover in target.parent.glob(f".{target.name}.tmp-*"):
+        shutil.rmtree(leftover)
+    if target.exists() and _aside(target).exists():
+        _discard(_aside(target), target)
+
+
+def _write(checkpoint: Mapping[str, Any], directory: Path, notes: Mapping[str, Any]) -> None:
+    weights, average, rest = _split(checkpoint)
+    directory.mkdir()
+    with (directory / STATE).open("wb") as file:
+        torch.save(rest, file)
+    refused = torch.serialization.get_unsafe_globals_in_checkpoint(directory / STATE)
+    if refused:
+        raise TypeError(f"a checkpoint takes tensors and plain Python values, and was given {', '.join(refused)}")
+    save_file(_separate(weights), directory / WEIGHTS)
+    if average is not None:
+        save_file(_separate(average), directory / AVERAGE)
+    _write_manifest(directory, {"global_step": checkpoint["global_step"], "epoch": checkpoint["epoch"], **notes})
+    for file in directory.iterdir():
+        shutil.copymode(directory / STATE, file)  # safetensors writes for the owner alone
+        _sync(file)
+    _sync(directory)
+
+
+def _split(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor] | None, dict[str, Any]]:
+    """The weights, the average or None, and the rest with paths, enums and NumPy scalars as plain values."""
+    rest = {key: value for key, value in checkpoint.items() if key != "state_dict"}
+    average = None
+    if EMA.state_key in rest.get("callbacks", {}):
+        ema = dict(rest["callbacks"][EMA.state_key])
+        average = ema.pop("shadow")
+        rest["callbacks"] = {**rest["callbacks"], EMA.state_key: ema}
+    return checkpoint["state_dict"], average, apply_to_collection(rest, (PurePath, Enum, np.generic), _plain)
+
+
+def _plain(value: PurePath | Enum | np.generic) -> Any:
+    if isinstance(value, PurePath):
+        return str(value)
+    return value.value if isinstance(value, Enum) else value.item()
+
+
+def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same values as safetensors takes them: contiguous, and no two names on one memory."""
+    separate, seen = {}, set()
+    for name, tensor in tensors.items():
+        memory = tensor.untyped_storage().data_ptr()
+        separate[name] = (tensor.clone() if memory in seen else tensor).detach().contiguous()
+        seen.add(memory)
+    return separate
+
+
+def _write_manifest(directory: Path, entries: Mapping[str, Any]) -> None:
+    files = sorted(directory.iterdir())
+    with ThreadPoolExecutor() as pool:
+        digests = list(pool.map(_file_digest, files))
+    sizes = [file.stat().st_size for file in files]
+    listed = {f.name: {"bytes": n, "sha256": d} for f, n, d in zip(files, sizes, digests, strict=True)}
+    manifest = {"format": FORMAT, **entries, "files": listed}
+    text = json.dumps({**manifest, "sha256": _manifest_digest(manifest)}, indent=2)
+    (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def _put_in_place(temporary: Path, target: Path) -> None:
+    aside = _aside(target)
+    if target.exists():
+        target.rename(aside)
+    temporary.rename(target)
+    _sync(target.parent)
+    if aside.exists():
+        _discard(aside, target)
+
+
+def _discard(path: Path, target: Path) -> None:
+    """Remove `path`, `target` or its older copy, under a temporary name, so that no part of it is ever found."""
+    doomed = _temporary(target, "removed")
+    path.rename(doomed)
+    _sync(doomed.parent)
+    shutil.rmtree(doomed)
+
+
+def _verified(path: Path) -> dict[str, Any]:
+    """The manifest of the checkpoint `path`, after a check of all its files."""
+    manifest = read_manifest(path)
+    files = [path / name for name in manifest["files"]]
+    with ThreadPoolExecutor() as pool:
+        faults = list(pool.map(_fault, files, manifest["files"].values()))
+    for file, fault in zip(files, faults, strict=True):
+        if fault:
+            raise CheckpointDamaged(path, f"{file.name} {fault}")
+    return manifest
+
+
+def _fault(file: Path, saved: Mapping[str, Any]) -> str | None:
+    try:
+        size = file.stat().st_size
+        if size != saved["bytes"]:
+            return f"has {size} bytes, and {saved['bytes']} were saved"
+        return None if _file_digest(file) == saved["sha256"] else "is not what was saved (its SHA-256 differs)"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _manifest_digest(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,198 @@
+"""Exponential moving average of the trained weights."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from medsynth.errors import UserError
+
+if TYPE_CHECKING:
+    from lightning_modules.base import GenerativeModule
+
+
+@dataclass
+class EMAConfig:
+    """How the trained weights are averaged."""
+
+    decay: float = 0.9999
+    """Share of the old average in each update, in [0, 1); 0 trains without an average."""
+    warmup: bool = True
+    """Start with a short memory: after n updates the share is at most (1 + n) / (10 + n)."""
+    every: int = 1
+    """Optimizer steps from one update to the next, at least 1."""
+
+    def __post_init__(self):
+        if not 0 <= self.decay < 1:
+            raise UserError(f"ema.decay is {self.decay}: give a share in [0, 1), or 0 for no average")
+        if self.every < 1:
+            raise UserError(f"ema.every is {self.every}: give a number of optimizer steps, at least 1")
+
+
+class EMA(L.Callback):
+    """Averages the parameters of `trainable_modules()` in float32 and validates with the average.
+
+    With w the parameters after a counted step and n the updates done before,
+
+        average ← d · average + (1 − d) · w,    d = min(decay, (1 + n) / (10 + n)) with warm-up, else d = decay,
+
+    from the weights that training starts with. A step is a batch after which the optimizers have moved: accumulated
+    micro-batches count once, and so do the two optimizers of an adversarial method. Buffers are not averaged: running
+    statistics are averages already, and counters must stay integers. A validation uses the live buffers, and a saved
+    average carries their current values.
+
+    The average stands in the live parameters from `on_validation_start` to `on_validation_end`. Lightning calls
+    checkpoint callbacks last, so they save the live weights; any other callback that saves must be listed after this
+    one. One callback serves one `fit`.
+    """
+
+    state_key = "EMA"
+
+    def __init__(self, config: EMAConfig):
+        self.config = config
+        self.updates = 0
+        self._steps = 0  # counted optimizer steps
+        self._seen = 0  # trainer.global_step when the last of them was counted
+        self._trained = nn.ModuleDict()
+        self._live: dict[str, nn.Parameter] = {}
+        self._shadow: dict[str, Tensor] = {}  # without the names whose average stands in the live parameter
+        self._kept: dict[str, Tensor] = {}  # live values while the average stands in their place
+        self._saved: Mapping[str, Tensor] | None = None  # loaded, before there are parameters
+
+    def averaged_state(self) -> dict[str, Tensor]:
+        """Float32 averages and persistent buffers by "<module>.<name>"; no copies. A shared parameter comes once."""
+        if self._kept:
+            raise RuntimeError("the averaged weights stand in the live parameters: save after the swap or validation")
+        return {**self._shadow, **_persistent_buffers(self._trained)}
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """The averaged weights in the live parameters, cast to their dtype; afterwards the live ones again, bit exact.
+
+        Inside a validation, where they stand there already, nothing changes.
+        """
+        if self._kept:
+            yield
+            return
+        try:
+            self._swap_in()
+            yield
+        finally:
+            self._restore()
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: "GenerativeModule") -> None:
+        self._attach(pl_module)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: "GenerativeModule") -> None:
+        self._seen = trainer.global_step
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: "GenerativeModule", *_: Any) -> None:
+        if trainer.global_step == self._seen:
+            return
+        self._seen = trainer.global_step
+        self._steps += 1
+        if self._steps % self.config.every == 0:
+            self._update()
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: "GenerativeModule") -> None:
+        if not self._live:  # `trainer.validate` without a fit
+            self._attach(pl_module)
+        self._swap_in()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: "GenerativeModule") -> None:
+        self._restore()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: "GenerativeModule", exception: BaseException) -> None:
+        self._restore()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"updates": self.updates, "steps": self._steps, "shadow": self.averaged_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.updates, self._steps, self._saved = state["updates"], state["steps"], state["shadow"]
+        if self._live:
+            self._adopt_saved()
+
+    @torch.no_grad()
+    def _attach(self, module: "GenerativeModule") -> None:
+        self._trained = nn.ModuleDict(module.trainable_modules())
+        self._live = dict(self._trained.named_parameters())
+        self._shadow = {name: live.to(torch.float32, copy=True) for name, live in self._live.items()}
+        if self._saved is not None:
+            self._adopt_saved()
+
+    def _adopt_saved(self) -> None:
+        _fill({**self._shadow, **_persistent_buffers(self._trained)}, self._saved)
+        self._saved = None
+
+    @torch.no_grad()
+    def _update(self) -> None:
+        decay = self.config.decay
+        if self.config.warmup:
+            decay = min(decay, (1 + self.updates) / (10 + self.updates))
+        # Narrower parameters are widened for the moment; their activations are free by now.
+        current = [live.float() for live in self._live.values()]
+        get_ema_multi_avg_fn(decay)([self._shadow[name] for name in self._live], current, None)
+        self.updates += 1
+
+    # A float32 parameter holds its average exactly, so the average's own memory is let go and no third copy is made.
+    # A narrower one does not: its live values, as narrow, are kept beside. Each parameter is complete before the next
+    # is touched, so `_restore` also mends a swap that an error cut short. Tensors made in inference mode could not be
+    # updated afterwards.
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _swap_in(self) -> None:
+        for name, live in self._live.items():
+            self._kept[name] = live.clone()
+            live.copy_(self._shadow[name])
+            if live.dtype == torch.float32:
+                del self._shadow[name]
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _restore(self) -> None:
+        for name, kept in self._kept.items():
+            live = self._live[name]
+            if name not in self._shadow:
+                self._shadow[name] = live.clone()
+            live.copy_(kept)
+        self._kept.clear()
+
+
+def load_ema_weights(module: "GenerativeModule", state: Mapping[str, Any]) -> None:
+    """Put a saved average, with its buffers, into the trainable modules of a freshly built `module`.
+
+    `state` is what `EMA.state_dict` gave: `checkpoint["callbacks"]["EMA"]`. Values are cast to the module's dtypes.
+
+    Raises:
+        UserError: names or shapes of the average and of the module differ; the message names them.
+    """
+    trained = nn.ModuleDict(module.trainable_modules())
+    _fill({**dict(trained.named_parameters()), **_persistent_buffers(trained)}, state["shadow"])
+
+
+def _persistent_buffers(trained: nn.Module) -> dict[str, Tensor]:
+    parameters = dict(trained.named_parameters(remove_duplicate=False))
+    return {name: tensor for name, tensor in trained.state_dict().items() if name not in parameters}
+
+
+@torch.no_grad()
+def _fill(tensors: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    """Copy `saved` into `tensors` after checking that all names and shapes are the same."""
+    differences = {
+        "not in the checkpoint": [name for name in tensors if name not in saved],
+        "not in the model": [name for name in saved if name not in tensors],
+        "of another shape": [name for name in tensors if name in saved and tensors[name].shape != saved[name].shape],
+    }
+    found = [f"{len(names)} {what} ({', '.join(names[:5])})" for what, names in differences.items() if names]
+    if found:
+        mend = "Build the model from the config that it was trained with"
+        raise UserError(f"the averaged weights do not fit the model: {'; '.join(found)}. {mend}")
+    for name, tensor in tensors.items():
+        tensor.copy_(saved[name])

@@ -1,0 +1,132 @@
+"""Pictures on disk: finding them, reading any of them as RGB, making them square, and the augmentations they share.
+
+Between the functions a picture is a tensor (3, H, W): uint8 as read, float32 in [0, 1] where said.
+"""
+
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from medsynth.errors import UserError
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp"})
+MOST_PIXELS = 178_956_970
+"""Pixels beyond which Pillow itself refuses a picture."""
+
+
+class PictureFolder:
+    """The pictures below one folder, found by their relative path with or without the suffix."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        paths = (path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+        self._names = {path.as_posix() for path in paths}
+        self._by_stem: dict[str, list[str]] = {}
+        for name in sorted(self._names):
+            self._by_stem.setdefault(str(PurePosixPath(name).with_suffix("")), []).append(name)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def find(self, name: str) -> str:
+        """Relative path, suffix included, of the picture called `name`.
+
+        Raises:
+            UserError: there is no such picture, or two, or the name leads out of the folder.
+        """
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts:
+            raise UserError(f"{name} leads out of the folder {self.folder.name}")
+        if str(path) in self._names:
+            return str(path)
+        found = self._by_stem.get(str(path), [])
+        if not found:
+            raise UserError(f"{self.folder.name}/{name}{'' if path.suffix.lower() in SUFFIXES else '.*'} is missing")
+        if len(found) > 1:
+            raise UserError(f"{name} may be {' or '.join(found)}: write the suffix")
+        return found[0]
+
+
+def read_rgb(path: Path, max_pixels: int, least_side: int = 0) -> Tensor:
+    """The picture as it is meant to be seen: uint8 (3, H, W), RGB, turned upright by its EXIF orientation.
+
+    Grey is repeated, transparency laid on black, 16-bit grey divided by 257: white is 65535, not the brightest pixel.
+    With `least_side` a JPEG is decoded at 1/2, 1/4 or 1/8 of its size, as long as no side falls below it. Twice the
+    side that is wanted in the end saves most of the decoding and still leaves the filtering to the resize.
+
+    Raises:
+        UserError: the message starts with `path` and says that the file is missing, cannot be decoded, or has more than
+            `max_pixels` pixels, which the header tells before anything is decoded.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > max_pixels:
+                raise Image.DecompressionBombError
+            if least_side:
+                image.draft(None, (least_side, least_side))
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            return F.pil_to_tensor(_to_rgb(image))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except UnidentifiedImageError:
+        raise UserError(f"{path} is no picture of a known format") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise UserError(f"{path} has more than data.max_pixels={max_pixels} pixels") from None
+    except Exception as error:  # Pillow's decoders answer damaged bytes with errors of almost any kind
+        raise UserError(f"{path} cannot be decoded ({error or type(error).__name__})") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        return Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError("32-bit pixels have no known white: save it with 8 or 16 bits")
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def crop_square(image: Tensor, side: int, place: float = 0.5) -> Tensor:
+    """The largest square of a picture, resized: (3, H, W) -> (3, side, side), same dtype.
+
+    `place` in [0, 1] is where the square lies along the longer side: 0 left or top, 0.5 the centre.
+    The resize is torchvision's antialiased bicubic: on uint8 faster than Pillow's, and within one level of it.
+    """
+    height, width = image.shape[-2:]
+    short = min(height, width)
+    top, left = round(place * (height - short)), round(place * (width - short))
+    return F.resized_crop(image, top, left, short, short, [side, side], InterpolationMode.BICUBIC, antialias=True)
+
+
+def pad_square(image: Tensor, side: int) -> Tensor:
+    """The whole picture in a black square: (3, H, W) -> (3, side, side), same dtype, centred."""
+    scale = side / max(image.shape[-2:])
+    size = [max(1, round(extent * scale)) for extent in image.shape[-2:]]
+    image = F.resize(image, size, InterpolationMode.BICUBIC, antialias=True)
+    return F.center_crop(image, [side, side])
+
+
+def jitter(image: Tensor, rng: np.random.Generator, brightness: float, contrast: float, saturation: float) -> Tensor:
+    """Brightness, contrast and saturation times factors from U[max(0, 1 - s), 1 + s], s each strength, in random order.
+
+    `image`: float32 (3, H, W) in [0, 1], and so is the result. A strength of 0 leaves its property alone.
+    """
+    strengths = (brightness, contrast, saturation)
+    adjust = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation)
+    factors = [rng.uniform(max(0.0, 1 - s), 1 + s) for s in strengths]
+    for i in rng.permutation(3):
+        if strengths[i]:
+            image = adjust[i](image, factors[i])
+    return image
+
+
+def random_flips(image: Tensor, rng: np.random.Generator) -> Tensor:
+    """A horizontal and a vertical flip, each with probability 0.5: any (..., H, W)."""
+    axes = [axis for axis, flip in ((-1, rng.random() < 0.5), (-2, rng.random() < 0.5)) if flip]
+    return torch.flip(image, axes) if axes else image

@@ -1,0 +1,192 @@
+"""The networks whose features pictures are compared by."""
+
+import difflib
+import hashlib
+import io
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3 as INCEPTION_URL
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+from medsynth.errors import UserError
+
+
+class Features(NamedTuple):
+    """Of n pictures: `pool`, float32 (n, dim), and `logits`, float32 (n, classes), or None where there are none."""
+
+    pool: Tensor
+    logits: Tensor | None
+
+
+class FeatureExtractor(nn.Module, ABC):
+    """A frozen network, always in evaluation mode, always in full float32 precision.
+
+    name: what its scores are named by.
+    identity: kind and checksum of the weights, for the keys of stored statistics.
+    dim, classes: sizes of a picture's features and logits; 0 classes where there are no logits.
+    """
+
+    name: str
+    identity: str
+    dim: int
+    classes: int = 0
+
+    @property
+    def has_logits(self) -> bool:
+        return self.classes > 0
+
+    def train(self, mode: bool = True) -> "FeatureExtractor":
+        return super().train(False)
+
+    def forward(self, images: Tensor) -> Features:
+        """Features of `images`, uint8 (n, 3, H, W), n > 0, RGB, of any size.
+
+        Raises:
+            ValueError: another dtype or shape.
+        """
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"features are of uint8 (n, 3, H, W), not of {images.dtype} {tuple(images.shape)}")
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False), _full_precision():
+            return self._features(images)
+
+    @abstractmethod
+    def _features(self, images: Tensor) -> Features: ...
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """No TF32 on CUDA, whatever training has chosen, so that features are those of the CPU."""
+    operations = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+    chosen = [operation.fp32_precision for operation in operations]
+    for operation in operations:
+        operation.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for operation, precision in zip(operations, chosen, strict=True):
+            operation.fp32_precision = precision
+
+
+def inception_path() -> Path:
+    """Where the weights at INCEPTION_URL lie once fetched: in torch.hub's cache, under the name they have there."""
+    return Path(torch.hub.get_dir(), "checkpoints", Path(INCEPTION_URL).name)
+
+
+class InceptionExtractor(FeatureExtractor):
+    """The TensorFlow Inception of 2015-12-05, through torch-fidelity: 2048 pooled features, 1008 logits without bias.
+
+    It is named "inception", and so its Fréchet distance "fid", only with the published weights, told by their SHA-256;
+    with others of the same shape, "inception_" and the first 8 hex digits of theirs.
+    """
+
+    dim = 2048
+    classes = 1008
+
+    def __init__(self, weights: str | None = None):
+        """`weights`: the file of weights; None for `inception_path()`. Nothing is downloaded.
+
+        Raises:
+            UserError: no such file, or not these weights.
+        """
+        super().__init__()
+        path = Path(weights).expanduser() if weights else inception_path()
+        mend = "run `medsynth prepare weights CONFIG` on a machine with internet, or set evaluation.weights=PATH"
+        if not path.is_file():
+            raise UserError(f"{path}: no such file of Inception weights; {mend}")
+        content = path.read_bytes()
+        try:
+            self.network = _build_inception(content)
+        except Exception as error:  # a broken file fails in many ways
+            raise UserError(f"{path}: broken, or not the weights of Inception 2015-12-05; {mend}") from error
+        digest = hashlib.sha256(content).hexdigest()
+        published = inception_path().stem.rpartition("-")[2]  # the start of their SHA-256, as torch.hub names files
+        self.name = "inception" if digest.startswith(published) else f"inception_{digest[:8]}"
+        self.identity = f"inception-{digest}"
+        self.eval()
+
+    def _features(self, images: Tensor) -> Features:
+        return Features(*self.network(images))
+
+
+def _build_inception(content: bytes) -> nn.Module:
+    # torch-fidelity unpickles whatever the file holds: hand it only what a weights-only load has let through.
+    state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    checked = io.BytesIO()
+    torch.save(state, checked)
+    checked.seek(0)
+    with torch.random.fork_rng(devices=[]):  # the layers draw initial weights that are overwritten
+        return FeatureExtractorInceptionV3(
+            "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=checked
+        )
+
+
+class RandomConvExtractor(FeatureExtractor):
+    """A fixed random convolutional network, for machines without weights: it orders runs, but no paper reports it.
+
+    The picture at 64×64 pixels goes through four 3×3 convolutions of stride 2, half of whose kernels sum to zero and so
+    see only edges. Mean and log spread of every channel tell colour and texture, fine to coarse; the quadrants of the
+    last map tell layout.
+    """
+
+    name = "random"
+    widths = (16, 32, 64, 64)
+    dim = 2 * sum(widths) + 4 * widths[-1]
+
+    def __init__(self, seed: int = 0):
+        """`seed` draws the weights, the same on every machine."""
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        inputs = (3, *self.widths[:-1])
+        self.weights = nn.ParameterList(
+            _draw_kernels(i, o, generator) for i, o in zip(inputs, self.widths, strict=True)
+        )
+        self.requires_grad_(False).eval()
+        digest = hashlib.sha256(b"".join(weight.numpy().tobytes() for weight in self.weights))
+        self.identity = f"random-{digest.hexdigest()}"
+
+    def _features(self, images: Tensor) -> Features:
+        x = F.interpolate(images.float() / 127.5 - 1, size=(64, 64), mode="bilinear", antialias=True)
+        moments = []
+        for weight in self.weights:
+            x = F.leaky_relu(F.conv2d(x, weight, stride=2, padding=1), 0.2)
+            # The logarithm lets fine texture count beside strong contrast; a flat picture has no spread.
+            moments += [x.mean(dim=(2, 3)), (x.std(dim=(2, 3)) + 0.01).log()]
+        quadrants = F.adaptive_avg_pool2d(x, 2).flatten(1)
+        return Features(torch.cat([*moments, quadrants], dim=1), None)
+
+
+def _draw_kernels(inputs: int, outputs: int, generator: torch.Generator) -> Tensor:
+    # On the CPU in float64: what processors round differently is gone from the float32 weights.
+    kernels = torch.empty(outputs, inputs, 3, 3, dtype=torch.float64)
+    nn.init.kaiming_uniform_(kernels, a=0.2, generator=generator)
+    edges = kernels[: outputs // 2]
+    edges -= edges.mean(dim=(2, 3), keepdim=True)
+    return kernels.float()
+
+
+_EXTRACTORS = {"inception": InceptionExtractor, "random": RandomConvExtractor}
+
+
+def build_extractor(name: str, weights: str | None = None) -> FeatureExtractor:
+    """The extractor `name`, "inception" (from the file `weights`, or None for torch.hub's cache) or "random".
+
+    Raises:
+        UserError: an unknown name, weights for the random extractor, or weights that are missing or do not fit.
+    """
+    if name == "inception":
+        return InceptionExtractor(weights)
+    if name != "random":
+        nearest = difflib.get_close_matches(name, _EXTRACTORS, n=1, cutoff=0)[0]
+        raise UserError(f"There is no feature extractor {name!r}: did you mean {nearest!r}?")
+    if weights is not None:
+        raise UserError(
+            "The random extractor takes no weights: leave out evaluation.weights, or choose the inception extractor"
+        )
+    return RandomConvExtractor()

@@ -1,0 +1,26 @@
+"""Improved precision and recall (Kynkäänniemi et al. 2019, section 2)."""
+
+import torch
+from torch import Tensor
+
+_BLOCK = 1024  # rows of the distance matrix in memory at once
+
+
+def precision_recall(real: Tensor, fake: Tensor, neighbours: int = 3) -> tuple[float, float, float]:
+    """Precision, recall and their harmonic mean F1, each in [0, 1], of features `real` (n, d) and `fake` (m, d).
+
+    Precision is the share of generated pictures within the real manifold, recall that of real pictures within the
+    generated one; a manifold is the union of balls that reach from each of its pictures to its `neighbours`-th nearest
+    other (equations 1, 2). Needs more than `neighbours` pictures in each set.
+    """
+    real, fake = real.double(), fake.double()
+    precision, recall = _share_within(fake, real, neighbours), _share_within(real, fake, neighbours)
+    return precision, recall, 2 * precision * recall / max(precision + recall, 1e-5)
+
+
+def _share_within(queries: Tensor, centres: Tensor, neighbours: int) -> float:
+    """The share of `queries` that lie in some ball of the manifold of `centres`."""
+    # The nearest to each centre is the centre itself.
+    radii = torch.cat([torch.cdist(c, centres).kthvalue(neighbours + 1).values for c in centres.split(_BLOCK)])
+    within = torch.cat([(torch.cdist(q, centres) <= radii).any(dim=1) for q in queries.split(_BLOCK)])
+    return within.double().mean().item()

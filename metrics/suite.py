@@ -1,0 +1,122 @@
+"""All scores of a set of generated pictures against a set of real ones."""
+
+from torch import Tensor, nn
+
+from medsynth.errors import UserError
+from metrics.extractors import FeatureExtractor
+from metrics.features import FeatureStatistics
+from metrics.frechet import frechet_distance
+from metrics.inception_score import InceptionScore
+from metrics.kernel import kernel_distance
+from metrics.manifold import precision_recall
+
+_LEAST = 4  # pictures of a set: precision and recall look at the third nearest other
+
+
+class GenerationMetrics(nn.Module):
+    """Fréchet and kernel distance, precision, recall and F1, and the Inception Score where the extractor has logits.
+
+    Every process updates it with its own share of the pictures, however uneven; `compute` gives the same numbers on
+    each, and for any number of processes. Fréchet distance and Inception Score take in all pictures; kernel distance,
+    precision and recall at most `max_bank` of each set, chosen by their indices alone. Each set takes about
+    16 dim² + 8 max_bank dim bytes.
+
+    With extractor "inception" the scores are named fid, kid, kid_std, precision, recall, f1, isc, isc_std; with any
+    other, say "random", fd_random, kd_random, kd_random_std, precision_random, recall_random, f1_random.
+    """
+
+    def __init__(self, extractor: FeatureExtractor, total_real: int, total_fake: int, max_bank: int = 10_000):
+        """`total_real` and `total_fake` pictures over all processes.
+
+        Raises:
+            UserError: too few pictures to score.
+        """
+        super().__init__()
+        for kind, number in (("real pictures", total_real), ("generated pictures", total_fake), ("banked", max_bank)):
+            if number < _LEAST:
+                raise UserError(f"Scores need at least {_LEAST} {kind}, not {number}")
+        self.extractor = extractor
+        self.real = FeatureStatistics(extractor.dim, total_real, max_bank)
+        self.fake = FeatureStatistics(extractor.dim, total_fake, max_bank)
+        self.inception_score = InceptionScore(total_fake, extractor.classes) if extractor.has_logits else None
+        self._real_state: dict[str, Tensor] | None = None
+
+    def update_real(self, images: Tensor, indices: Tensor) -> None:
+        """Add real pictures, uint8 (n, 3, H, W).
+
+        `indices`, int64 (n,), are the pictures' places in the whole set, 0 … total_real-1, each seen once over all
+        processes; -1 marks padding, which is not scored.
+
+        Raises:
+            RuntimeError: the real set is already complete, by `real_state` or `load_real_state`.
+        """
+        if self._real_state is not None:
+            raise RuntimeError("the real pictures are complete: build new metrics to score against others")
+        self._update(self.real, None, images, indices)
+
+    def update_fake(self, images: Tensor, indices: Tensor) -> None:
+        """Add generated pictures, uint8 (n, 3, H, W), with `indices` as in `update_real`, 0 … total_fake-1."""
+        self._update(self.fake, self.inception_score, images, indices)
+
+    def _update(
+        self, statistics: FeatureStatistics, score: InceptionScore | None, images: Tensor, indices: Tensor
+    ) -> None:
+        indices = indices.to(statistics.device)
+        scored = indices >= 0
+        if not scored.any():
+            return
+        features = self.extractor(images.to(statistics.device)[scored])
+        statistics.update(features.pool, indices[scored])
+        if score is not None:
+            score.update(features.logits, indices[scored])
+
+    def compute(self) -> dict[str, float]:
+        """Every score by its name. All processes call it together.
+
+        Raises:
+            ValueError: some picture is missing or came twice.
+        """
+        real, fake = self.real_state(), self.fake.compute()
+        real_features = real["features"].to(fake["features"].device)
+        distance = frechet_distance(real["mean"], real["covariance"], fake["mean"], fake["covariance"])
+        kernel, kernel_std = kernel_distance(real_features, fake["features"])
+        precision, recall, f1 = precision_recall(real_features, fake["features"])
+
+        published = self.extractor.name == "inception"
+        suffix = "" if published else f"_{self.extractor.name}"
+        fd, kd = ("fid", "kid") if published else (f"fd{suffix}", f"kd{suffix}")
+        scores = {fd: distance, kd: kernel, f"{kd}_std": kernel_std}
+        scores |= {f"precision{suffix}": precision, f"recall{suffix}": recall, f"f1{suffix}": f1}
+        if self.inception_score is not None:
+            mean, std = self.inception_score.compute()
+            scores |= {f"isc{suffix}": mean.item(), f"isc{suffix}_std": std.item()}
+        return scores
+
+    def reset_fake(self) -> None:
+        """Forget the generated pictures; the real ones stay."""
+        self.fake.reset()
+        if self.inception_score is not None:
+            self.inception_score.reset()
+
+    def real_state(self) -> dict[str, Tensor]:
+        """All that is known of the real set over all processes, as `FeatureStatistics.compute` gives it, for a file.
+
+        The first call is made by all processes together.
+        """
+        if self._real_state is None:
+            self._real_state = self.real.compute()
+        return self._real_state
+
+    def load_real_state(self, state: dict[str, Tensor]) -> None:
+        """Take the real set from `real_state()` of an earlier run, on every process, in place of `update_real`.
+
+        Raises:
+            ValueError: the state is of another number of pictures, extractor or bank; compute it anew.
+        """
+        moments, bank = self.real.moment2, self.real.bank
+        due = {"count": (), "mean": moments[0].shape, "covariance": moments.shape, "features": bank.shape}
+        if {name: value.shape for name, value in state.items()} != due or state["count"] != self.real.total:
+            raise ValueError(
+                f"not statistics of {self.real.total} pictures with a bank of {tuple(bank.shape)} features"
+            )
+        self._real_state = {name: value.to(self.real.device) for name, value in state.items()}
