@@ -1,9 +1,8 @@
 VENV := .venv
 BIN := $(VENV)/bin
-# Threads that wait must not burn the core that another needs.
-export OMP_WAIT_POLICY := PASSIVE
+DATA := ../shared/data/colonoscopy
 
-.PHONY: help install quickstart test lint format clean
+.PHONY: help install quickstart colonoscopy test lint format clean
 
 help:  ## Show what there is to make
 	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -18,6 +17,11 @@ install: $(VENV)/installed  ## Make .venv with everything in it
 
 quickstart: install  ## Train a small MSDM on phantom pictures, on the CPU, in under 8 minutes
 	$(BIN)/python -m jobs.quickstart
+
+colonoscopy: install  ## Train MSDM on real pictures, DATA=FOLDER in MEDVQA-GI's layout, on the CPU, in about 30 minutes
+	$(BIN)/medsynth train configs/colonoscopy_cpu_vae.yaml data.root=$(DATA)
+	$(BIN)/medsynth encode configs/colonoscopy_cpu.yaml data.root=$(DATA) --variants 3 --out runs/colonoscopy_cpu_latents
+	$(BIN)/medsynth train configs/colonoscopy_cpu.yaml data.root=$(DATA)
 
 test: install lint  ## Lint and run every test
 	$(BIN)/python -m pytest

@@ -47,7 +47,7 @@ class EvaluationConfig:
     guidance: Optional[float] = None
     """Guidance; by default the model's."""
     grid: int = 8
-    """Pictures of the grid of fixed prompts and seeds; 0 draws none."""
+    """Validation samples of the grid, with fixed prompts and seeds; 0 draws none."""
     cache: str = "~/.cache/medsynth"
     """Folder where statistics of real pictures are kept, under a key of data, resolution and extractor."""
 
@@ -146,9 +146,7 @@ class Evaluation(L.Callback):
         rows = [i * len(dataset) // self.config.grid for i in range(min(self.config.grid, len(dataset)))]
         batch = collate([dataset[i] for i in rows])
         seeds = [derive_seed(self.seed, "grid", i) for i in range(len(rows))]
-        images = module.preview(batch.to(module.device), seeds)
-        captions = batch.conditions.captions or [""] * len(rows)
-        self._save_grid(trainer, images, captions)
+        self._save_grid(trainer, *module.preview(batch.to(module.device), seeds))
 
     @rank_zero_only
     def _save_grid(self, trainer: L.Trainer, images: Tensor, captions: list[str]) -> None:

@@ -263,8 +263,8 @@ class ImageDataModule(L.LightningDataModule, ABC):
     def training_set(self) -> Dataset:
         """Maps a stream position to one `ImageBatch` of one row.
 
-        It also has `stream` (the `SampleStream`), `sample(pass, index)` (picture and caption) and `caption(pass, index)`,
-        which a cache of latents is made of.
+        It also has `stream` (the `SampleStream`), `sample(pass, index)` (picture and caption) and
+        `caption(pass, index)`, which a cache of latents is made of.
         """
 
     @abstractmethod

@@ -44,7 +44,8 @@ class CachedLatents(ImageDataModule):
         """encoder: digest of the weights that training would encode with.
 
         Raises:
-            UserError: the folder `source.config.latents` holds no latents, or those of another encoder, data or transform.
+            UserError: the folder `source.config.latents` holds no latents, or those of another encoder, data or
+                transform.
         """
         super().__init__(source.config, source.seed, source.batch_size, source.accumulate)
         self.source, self.folder = source, Path(source.config.latents)

@@ -54,7 +54,8 @@ def encode(config, out: Path, variants: int = 1, batch_size: int = 64) -> None:
 
     out.mkdir(parents=True, exist_ok=True)
     (out / MANIFEST_FILE).unlink(missing_ok=True)  # the manifest says that the latents are whole
-    save_file({"training": torch.stack(moments), "validation": validation}, out / LATENTS_FILE)
+    tensors = {"training": torch.stack(moments), "validation": validation}
+    save_file({name: moments.contiguous() for name, moments in tensors.items()}, out / LATENTS_FILE)
     described = manifest(data, module.encoder_digest(), variants)
     (out / MANIFEST_FILE).write_text(json.dumps(described, indent=2) + "\n")
     click.echo(f"{variants} × {len(training)} training and {len(validation)} validation latents in {out}")

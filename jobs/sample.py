@@ -84,7 +84,8 @@ def _exists(path: Path, texts: dict[str, str]) -> bool:
         for key, text in texts.items():
             if image.info.get(key) != text:
                 raise UserError(
-                    f"{path} was made with {key} {image.info.get(key)!r}, not {text!r}; choose another --out, or remove it"
+                    f"{path} was made with {key} {image.info.get(key)!r}, not {text!r}; "
+                    "choose another --out, or remove it"
                 )
     return True
 

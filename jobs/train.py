@@ -87,7 +87,11 @@ def train(config):
             click.echo(f"resuming from {checkpoint}")
     _log_run(tracker, config, module, data, run_facts())
 
-    trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
+    except SystemExit:  # Lightning's answer to Ctrl-C
+        tracker.finalize("interrupted")
+        raise
 
     if trainer.is_global_zero:
         best = find_checkpoint(run_dir, "best")

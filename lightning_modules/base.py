@@ -88,9 +88,9 @@ class GenerativeModule(L.LightningModule, ABC):
         """Pretrained weights that `build` reads."""
         return []
 
-    def preview(self, batch: ImageBatch, seeds: list[int]) -> Tensor:
-        """Pictures (n, 3, H, W) that show a person what the model can do with the rows of a validation batch."""
-        return self.sample(batch.conditions, seeds)
+    def preview(self, batch: ImageBatch, seeds: list[int]) -> tuple[Tensor, list[str]]:
+        """What shows a person how good the model is at a validation batch: pictures (n, 3, H, W) and n captions."""
+        return self.sample(batch.conditions, seeds), batch.conditions.captions or [""] * len(batch)
 
     # What is the same for all
 
@@ -98,6 +98,7 @@ class GenerativeModule(L.LightningModule, ABC):
     def configure_model(self) -> None:
         if not self._built:
             self.build()
+            self.to(memory_format=torch.channels_last)  # what convolutions are fastest in, on CPU and GPU
             self._freeze_the_rest()
             self._built = True
 

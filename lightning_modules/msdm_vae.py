@@ -58,7 +58,7 @@ class MSDMVAEConfig:
     perceptual_weights: str = "torchvision"
     """VGG-16 for LPIPS: torchvision's ImageNet weights, a local file of them, or "random"."""
     ssim_weight: float = 1.0
-    """Weight of 1 - SSIM."""
+    """Weight of 1 - SSIM; 0 leaves it out."""
     kl_weight: float = 1e-6
     """Weight of the KL divergence summed over latents, against a reconstruction loss summed over pixels."""
     codebook_weight: float = 1.0
@@ -191,12 +191,11 @@ class MSDMVAEModule(GenerativeModule):
         return to_image_range(self.codec.decode_normalised(z))
 
     @torch.no_grad()
-    def preview(self, batch: ImageBatch, seeds: list[int]) -> Tensor:
-        """Pictures and their reconstructions, in turn; n is halved."""
-        images = batch.images[: max(1, len(batch) // 2)].to(self.device)
-        mean = self.codec.moments(to_model_range(images)).chunk(2, dim=1)[0]
-        pairs = torch.stack([images, to_image_range(self.codec.net.decode(mean))], dim=1)
-        return pairs.flatten(0, 1)
+    def preview(self, batch: ImageBatch, seeds: list[int]) -> tuple[Tensor, list[str]]:
+        """Pictures, each followed by its reconstruction."""
+        mean = self.codec.moments(to_model_range(batch.images)).chunk(2, dim=1)[0]
+        pairs = torch.stack([batch.images, to_image_range(self.codec.net.decode(mean))], dim=1)
+        return pairs.flatten(0, 1), ["picture", "reconstruction"] * len(batch)
 
     def export(self, directory: Path) -> None:
         self.codec.save(directory / "vae")
@@ -221,11 +220,17 @@ class MSDMVAEModule(GenerativeModule):
         """Pixel loss, LPIPS and 1 - SSIM of one output against the picture at its resolution, times its share of P."""
         target = x if y.shape == x.shape else F.interpolate(x, size=y.shape[2:], mode="nearest-exact")
         pixel = F.l1_loss(y, target) if self.config.pixel_loss == "l1" else F.mse_loss(y, target)
-        perceptual = self.perceptual(y, target) if self.perceptual is not None else y.new_zeros(())
-        similarity = ssim(to_image_range(y), to_image_range(target), data_range=1.0)
+        absent = y.new_zeros(())
+        perceptual = absent if self.perceptual is None else self.perceptual(y, target)
+        structural = _dissimilarity(y, target) if self.config.ssim_weight else absent
         share = y.numel() / x.numel()
-        return share * pixel, share * perceptual, share * (1 - similarity.clamp_min(0))
+        return share * pixel, share * perceptual, share * structural
 
     def _vgg_source(self) -> str:
         source = self.config.perceptual_weights
         return vgg_url() if source == "torchvision" else source
+
+
+def _dissimilarity(y_BCHW: Tensor, x_BCHW: Tensor) -> Tensor:
+    """1 - SSIM of pictures in [-1, 1], in [0, 1]."""
+    return 1 - ssim(to_image_range(y_BCHW), to_image_range(x_BCHW), data_range=1.0).clamp_min(0)

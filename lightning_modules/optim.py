@@ -50,7 +50,7 @@ def configure_optimizers(config: OptimConfig, modules: dict[str, nn.Module], tot
         betas=tuple(config.betas),
         eps=config.eps,
         weight_decay=config.weight_decay,
-        fused=all(p.is_cuda and p.is_floating_point() for p in parameters),
+        fused=all(p.device.type in ("cpu", "cuda") for p in parameters),
     )
     name = "constant_with_warmup" if config.schedule == "constant" and config.warmup_steps else config.schedule
     schedule = get_scheduler(name, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=total_steps)

@@ -2,8 +2,8 @@
 
 import os
 
-# Before torch is imported: a waiting thread must not burn the core that another process of the test needs.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Before torch is imported. One thread: tests are small, and those with several processes share two cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from pathlib import Path

@@ -1,0 +1,304 @@
+"""The commands, as a user calls them: what they make, what they say, and how they refuse."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from jobs import cli
+from jobs.config import load_config
+from jobs.train import train
+from medsynth.errors import UserError
+from tests.conftest import REPOSITORY
+
+TINY = REPOSITORY / "configs/tiny/msdm.yaml"
+
+
+def medsynth(*arguments: str) -> str:
+    """What a command prints; raises what it raises."""
+    result = CliRunner().invoke(cli.main, [str(a) for a in arguments], standalone_mode=False)
+    if result.exception:
+        raise result.exception
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, phantom):
+    """A finished tiny run of msdm, and the folder it was trained in."""
+    folder = tmp_path_factory.mktemp("work")
+    settings = [f"data.root={phantom}", f"run_dir={folder}/run", f"tracking.uri=sqlite:///{folder}/mlruns.db"]
+    train(load_config([TINY], [*settings, f"evaluation.cache={folder}/cache"]))
+    return folder / "run"
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.csv"
+    path.write_text("Prompt\nGenerate an image with 1 polyp.\nGenerate an image containing text.\n" * 1)
+    return path
+
+
+# train
+
+
+def test_a_run_leaves_what_the_docs_say(run, phantom):
+    assert (run / "config.yaml").is_file()
+    split = json.loads((run / "split.json").read_text())
+    assert len(split["val"]) == 8
+    assert not set(split["train"]) & set(split["val"])
+    for name in ("checkpoints/best.ckpt", "checkpoints/last.ckpt", "export/unet", "grids"):
+        assert (run / name).is_dir(), name
+
+
+def test_a_run_is_in_mlflow_with_all_that_was_asked(run):
+    from jobs.tracking import logged_images, mlflow_client, read_run_id
+
+    client = mlflow_client(f"sqlite:///{run.parent}/mlruns.db")
+    record = client.get_run(read_run_id(run))
+    assert record.info.status == "FINISHED"
+    assert record.data.params["model.optim.lr"] == "0.0001"
+    tags = record.data.tags
+    for key in ("method", "paper", "data.fingerprint", "git.commit", "parameters.trained", "checkpoint.best"):
+        assert tags[key], key
+    metrics = record.data.metrics
+    for key in ("train/loss", "val/loss", "eval/fd_random", "eval/precision_random", "throughput/images_per_second"):
+        assert key in metrics, key
+    assert not any(key.startswith("eval/fid") for key in metrics), "fid is only what Inception gives"
+    assert "config.yaml" in [item.path for item in client.list_artifacts(record.info.run_id)]
+    assert [image.step for image in logged_images(client, record.info.run_id)] == [2]
+
+
+def test_another_model_in_the_same_run_directory_is_refused(run, phantom):
+    with pytest.raises(UserError, match="another `model`"):
+        train(load_config([run / "config.yaml"], ["model.optim.lr=5e-4"]))
+
+
+def test_print_and_keys_start_nothing(here):
+    printed = medsynth("train", TINY, "train.max_steps=9", "--print")
+    assert "max_steps: 9" in printed
+    listed = medsynth("train", TINY, "--keys")
+    assert "model.optim.lr" in listed
+    assert not list(here.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["data.root=no/such"], "data.root"),
+        (["evaluation.extractor=inception", "evaluation.weights=no/file.pth"], "no/file.pth"),
+        (["model.text_encoder.source=no/such-clip"], "medsynth prepare weights"),
+        (["model.vae=runs/none"], "train the first stage"),
+        (["data.latents=no/latents"], "medsynth encode"),
+        (["hardware.strategy=fsdp", "hardware.devices=2", "train.global_batch_size=8"], "trains with auto, ddp"),
+        (["data.validation_images=40"], "leaves none"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_the_first_step(here, phantom, settings, said):
+    with pytest.raises(UserError) as caught:
+        medsynth("train", TINY, f"data.root={phantom}", "run_dir=run", *settings)
+    assert said in str(caught.value)
+    assert not (here / "run").exists(), "nothing is begun"
+
+
+# sample
+
+
+def test_sample_writes_marked_pictures_once(run, prompts, tmp_path):
+    out = tmp_path / "out"
+    medsynth("sample", run, "--prompts", prompts, "--out", out, "--seed", 7)
+    files = sorted(out.glob("*.png"))
+    assert [f.name for f in files] == ["000000.png", "000001.png"]
+    with Image.open(files[0]) as image:
+        assert image.size == (32, 32)
+        assert image.info["prompt"] == "Generate an image with 1 polyp."
+        assert (image.info["seed"], image.info["method"], image.info["synthetic"]) == ("7", "msdm", "true")
+    before = files[0].read_bytes(), files[0].stat().st_mtime_ns
+    files[1].unlink()
+    assert "1 of 2" in medsynth("sample", run, "--prompts", prompts, "--out", out, "--seed", 7)
+    assert (files[0].read_bytes(), files[0].stat().st_mtime_ns) == before
+    assert files[1].exists()
+
+
+def test_a_picture_depends_on_its_row_not_on_the_batch(run, prompts, tmp_path):
+    for size in (1, 2):
+        medsynth("sample", run, "--prompts", prompts, "--out", tmp_path / str(size), "--batch-size", size)
+    a, b = (np.asarray(Image.open(tmp_path / str(size) / "000001.png"), dtype=int) for size in (1, 2))
+    assert abs(a - b).max() <= 1
+
+
+def test_sample_refuses_what_it_cannot_do(run, prompts, tmp_path):
+    medsynth("sample", run, "--prompts", prompts, "--out", tmp_path / "out")
+    with pytest.raises(UserError, match="was made with seed '0', not '1'"):
+        medsynth("sample", run, "--prompts", prompts, "--out", tmp_path / "out", "--seed", 1)
+    with pytest.raises(UserError, match="no run directory"):
+        medsynth("sample", tmp_path, "--prompts", prompts, "--out", tmp_path / "other")
+    with pytest.raises(UserError, match=r"prompts.csv: no column Prompt"):
+        prompts.write_text("Text\nhello\n")
+        medsynth("sample", run, "--prompts", prompts, "--out", tmp_path / "other")
+
+
+# evaluate
+
+
+def noise_pictures(folder, count: int, seed: int, side: int = 32):
+    folder.mkdir()
+    rng = np.random.default_rng(seed)
+    for i in range(count):
+        Image.fromarray(rng.integers(0, 255, (side, side, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    return folder
+
+
+def test_evaluate_scores_folders(phantom, tmp_path):
+    fake, out = noise_pictures(tmp_path / "fake", 12, seed=0), tmp_path / "scores.json"
+    arguments = ("--extractor", "random", "--workers", 0)
+    medsynth("evaluate", "--real", phantom / "images", "--fake", fake, "--out", out, *arguments)
+    report = json.loads(out.read_text())
+    assert report["real_pictures"] == 40
+    assert report["fake_pictures"] == 12
+    far = report["scores"]["fd_random"]
+    medsynth("evaluate", "--real", phantom / "images", "--fake", phantom / "images", "--out", out, *arguments)
+    same = json.loads(out.read_text())["scores"]
+    assert same["fd_random"] == pytest.approx(0, abs=1e-6 * far)
+    assert same["precision_random"] == 1
+
+
+def test_evaluate_takes_pictures_of_any_size_and_mode(tmp_path):
+    real = noise_pictures(tmp_path / "real", 8, seed=1)
+    Image.new("L", (50, 40), 128).save(real / "grey.png")
+    Image.new("CMYK", (33, 64)).save(real / "cmyk.jpg")
+    printed = medsynth("evaluate", "--real", real, "--fake", real, "--extractor", "random", "--workers", 0)
+    assert "fd_random" in printed
+
+
+def test_evaluate_names_what_is_wrong(tmp_path):
+    real = noise_pictures(tmp_path / "real", 5, seed=1)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no pictures"):
+        medsynth("evaluate", "--real", real, "--fake", tmp_path / "empty", "--extractor", "random")
+    with pytest.raises(UserError, match="there is no folder"):
+        medsynth("evaluate", "--real", real, "--fake", tmp_path / "none", "--extractor", "random")
+    with pytest.raises(UserError, match="inception"):
+        medsynth("evaluate", "--real", real, "--fake", real, "--extractor", "inceptoin")
+    (real / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+    with pytest.raises(UserError, match=r"broken\.png"):
+        medsynth("evaluate", "--real", real, "--fake", real, "--extractor", "random", "--workers", 0)
+
+
+def test_inception_without_weights_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "no-cache"))
+    real = noise_pictures(tmp_path / "real", 5, seed=1)
+    with pytest.raises(UserError, match="medsynth prepare weights") as caught:
+        medsynth("evaluate", "--real", real, "--fake", real)
+    assert "\n" not in str(caught.value)
+
+
+# prepare
+
+
+def test_prepare_phantom(tmp_path):
+    printed = medsynth("prepare", "phantom", "colonoscopy", "--out", tmp_path / "p", "--images", 3, "--size", 64)
+    assert "3 pictures" in printed
+    with (tmp_path / "p/prompt-gt.csv").open() as file:
+        assert len(list(csv.DictReader(file, delimiter=";"))) >= 3 * 7
+    assert "already" in medsynth(
+        "prepare", "phantom", "colonoscopy", "--out", tmp_path / "p", "--images", 3, "--size", 64
+    )
+
+
+def test_prepare_weights_of_a_tiny_config_needs_none():
+    assert "needs no pretrained weights" in medsynth("prepare", "weights", TINY)
+
+
+def test_prepare_weights_without_internet_names_the_source(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(UserError, match=r"model.perceptual_weights: file://.*vgg.pth could not be fetched"):
+        medsynth(
+            "prepare", "weights", REPOSITORY / "configs/msdm_vae.yaml", "model.perceptual_weights=file:///none/vgg.pth"
+        )
+
+
+def test_prepare_weights_fetches_a_url_into_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    (tmp_path / "vgg.pth").write_bytes(b"weights")
+    url = (tmp_path / "vgg.pth").as_uri()
+    medsynth("prepare", "weights", REPOSITORY / "configs/msdm_vae.yaml", f"model.perceptual_weights={url}")
+    assert (tmp_path / "cache/hub/checkpoints/vgg.pth").read_bytes() == b"weights"
+
+
+# encode
+
+
+def test_training_on_cached_latents_has_the_uncached_loss(phantom, here):
+    from datamodules.base import collate
+    from jobs.encode import encode
+    from jobs.runs import build_data, build_module
+
+    config = load_config([TINY], [f"data.root={phantom}"])
+    encode(config, here / "latents", variants=2)
+    cached = load_config([TINY], [f"data.root={phantom}", "data.latents=latents"])
+    module = build_module(config)
+    module.configure_model()
+    module.eval()
+    plain, _ = build_data(config, module)
+    quick, _ = build_data(cached, module)
+    n = len(plain.training_set())
+    for position in (0, 5, n + 3):  # the second pass reads the second variant
+        a, b = (collate([d.training_set()[position + i] for i in range(3)]) for d in (plain, quick))
+        assert a.conditions.captions == b.conditions.captions
+        assert b.images is None
+        assert module.losses(a)["loss"].item() == pytest.approx(module.losses(b)["loss"].item(), abs=1e-5)
+    a, b = plain.validation_set()[1], quick.validation_set()[1]
+    assert module.losses(a)["loss"].item() == pytest.approx(module.losses(b)["loss"].item(), abs=1e-5)
+
+
+def test_a_stale_cache_is_refused_with_the_reason(phantom, here):
+    from jobs.encode import encode
+
+    encode(load_config([TINY], [f"data.root={phantom}"]), here / "latents")
+    for setting, reason in (("data.brightness=0.1", "data.brightness was 0.4 and is 0.1"), ("seed=5", "seed was 0")):
+        with pytest.raises(UserError, match="is stale") as caught:
+            medsynth("train", TINY, f"data.root={phantom}", "run_dir=run", "data.latents=latents", setting)
+        if setting.startswith("data"):
+            assert reason in str(caught.value)
+
+
+# the command line itself
+
+
+def test_a_user_s_mistake_is_one_line_and_exit_code_2(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-m", "jobs.train", str(TINY), "model.optim.lrr=1"],
+        cwd=REPOSITORY, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert result.stderr.strip().splitlines()[-1].startswith("medsynth: model.optim.lrr=1: there is no key")
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["trian"], "did you mean train?"),
+        (["sample", "run", "--promts", "x"], "--prompts"),
+        (["evaluate", "--batch-size", "many"], "not a valid integer"),
+    ],
+)
+def test_bad_usage_names_the_nearest_right_word(arguments, said):
+    result = CliRunner().invoke(cli.main, arguments)
+    assert result.exit_code == 2
+    assert said in result.output
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_explains_every_option(command):
+    result = CliRunner().invoke(cli.main, [command, "--help"])
+    assert result.exit_code == 0
+    target = cli.main.get_command(None, command)
+    for parameter in target.params:
+        if parameter.param_type_name == "option":
+            assert parameter.help, parameter.name
