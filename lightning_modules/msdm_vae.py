@@ -177,8 +177,8 @@ class MSDMVAEModule(GenerativeModule):
         weights |= {"kl": config.kl_weight, "codebook": config.codebook_weight}
         total = sum(weights[name] * value for name, value in losses.items())
         with torch.no_grad():
-            error = F.mse_loss(to_image_range(outputs[0]), batch.images)
-            losses["psnr"] = -10 * error.clamp_min(1e-10).log10()
+            error_B = (to_image_range(outputs[0]) - batch.images).square().flatten(1).mean(1)
+            losses["psnr"] = (-10 * error_B.clamp_min(1e-10).log10()).mean()
         return losses | {"loss": total}
 
     @torch.no_grad()
@@ -232,5 +232,6 @@ class MSDMVAEModule(GenerativeModule):
 
 
 def _dissimilarity(y_BCHW: Tensor, x_BCHW: Tensor) -> Tensor:
-    """1 - SSIM of pictures in [-1, 1], in [0, 1]."""
-    return 1 - ssim(to_image_range(y_BCHW), to_image_range(x_BCHW), data_range=1.0).clamp_min(0)
+    """Mean 1 - SSIM of pictures in [-1, 1], each in [0, 1]."""
+    similarity = ssim(to_image_range(y_BCHW), to_image_range(x_BCHW), data_range=1.0, reduction="none")
+    return 1 - similarity.clamp_min(0).mean()
