@@ -52,7 +52,6 @@ def weights(config: tuple[str, ...]) -> None:
 
     resolved = load_config([a for a in config if "=" not in a], [a for a in config if "=" in a])
     needed = build_module(resolved).required_weights()
-    needed = [w for w in needed if w.key != "model.vae"]  # our own first stage is trained, not fetched
     evaluation = resolved.evaluation
     if evaluation.images and evaluation.extractor == "inception" and evaluation.weights is None:
         needed.append(Weights("evaluation.weights", INCEPTION_URL))

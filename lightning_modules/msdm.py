@@ -22,7 +22,7 @@ from lightning_modules.msdm_vae import LatentCodec, LatentCodecConfig
 from lightning_modules.nets.msdm_unet import MSDMUNet
 from lightning_modules.optim import OptimConfig
 from lightning_modules.text import TextEncoder, TextEncoderConfig
-from lightning_modules.weights import RANDOM, Weights
+from lightning_modules.weights import RANDOM, Weights, made_here
 from medsynth.errors import UserError
 
 
@@ -86,7 +86,7 @@ class MSDM(LatentDiffusion):
 
     def build(self) -> None:
         config: MSDMConfig = self.config
-        self.codec = LatentCodec(config.codec) if config.vae == RANDOM else LatentCodec.load(self._vae(), "model.vae")
+        self.codec = self._codec()
         self.text_encoder = TextEncoder(config.text_encoder)
         self.unet = MSDMUNet(
             in_channels=self.codec.config.latent_channels,
@@ -104,8 +104,8 @@ class MSDM(LatentDiffusion):
         )
 
     def required_weights(self) -> list[Weights]:
-        sources = {"model.vae": self.config.vae, "model.text_encoder.source": self.config.text_encoder.source}
-        return [Weights(key, source) for key, source in sources.items() if source != RANDOM]
+        source = self.config.text_encoder.source
+        return [] if source == RANDOM else [Weights("model.text_encoder.source", source)]
 
     def trainable_modules(self) -> dict[str, nn.Module]:
         return {"unet": self.unet}
@@ -180,14 +180,17 @@ class MSDM(LatentDiffusion):
         weights = {k: v.contiguous() for k, v in self.unet.state_dict().items()}
         save_file(weights, unet / "diffusion_pytorch_model.safetensors")
 
-    def _vae(self) -> Path:
+    def _codec(self) -> LatentCodec:
+        if self.config.vae == RANDOM:
+            with made_here():
+                return LatentCodec(self.config.codec)
         folder = Path(self.config.vae)
         if not folder.is_dir():
             raise UserError(
                 f"model.vae: there is no folder {folder}; train the first stage (configs/msdm_vae.yaml) and name its "
-                f"export, RUN/export/vae"
+                "export, RUN/export/vae"
             )
-        return folder
+        return LatentCodec.load(folder, "model.vae")
 
     def _split(self, output: Tensor) -> tuple[Tensor, Tensor | None]:
         return output.chunk(2, dim=1) if self.config.learned_variance else (output, None)

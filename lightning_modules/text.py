@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lightning_modules.weights import RANDOM, Weights
+from lightning_modules.weights import RANDOM, Weights, made_here
 from medsynth.errors import UserError
 
 
@@ -98,12 +98,11 @@ def _pretrained(config: TextEncoderConfig, key: str):
 
 
 def _random(config: TextEncoderConfig):
-    """A CLIP text model with weights from a fixed seed: the same one on each machine and in each run."""
+    """A CLIP text model with weights from a fixed seed, and a tokenizer that spells any word."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     tokenizer = _word_tokenizer()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with made_here():
         model = CLIPTextModel(
             CLIPTextConfig(
                 vocab_size=config.vocabulary,

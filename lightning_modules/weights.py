@@ -1,5 +1,7 @@
 """Where pretrained weights come from: a hub id, a published URL, a local path, or nowhere ("random")."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +11,14 @@ from medsynth.errors import UserError
 
 RANDOM = "random"
 """The source that means: made here from a fixed seed, nothing to load."""
+
+
+@contextmanager
+def made_here() -> Iterator[None]:
+    """Inside, random weights are the same ones on each machine and in each run; outside, nothing is disturbed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
 
 
 @dataclass(frozen=True)

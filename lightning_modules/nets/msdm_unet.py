@@ -271,7 +271,11 @@ class MSDMUNet(nn.Module):
 
     def _init_text_path(self) -> None:
         """Let the text arrive with the size it has: torch's default would shrink it to a fiftieth beside the time."""
-        gains = {self.text_mlp[0]: 1.0, self.text_mlp[2]: 1.7, self.text_pool.attention.to_v: 1.0}  # SiLU: about 1 / 1.7
+        gains = {
+            self.text_mlp[0]: 1.0,
+            self.text_mlp[2]: 1.7,
+            self.text_pool.attention.to_v: 1.0,
+        }  # SiLU: about 1 / 1.7
         for linear, gain in (gains | {self.text_pool.attention.to_out[0]: 1.0}).items():
             nn.init.normal_(linear.weight, std=gain * linear.in_features**-0.5)
 
