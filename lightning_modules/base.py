@@ -114,7 +114,8 @@ class GenerativeModule(L.LightningModule, ABC):
 
     @final
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
-        real_rows = int((batch.seeds >= 0).sum())
+        # A float: Lightning averages the weights over the processes, and of integers it would drop the remainder.
+        real_rows = float((batch.seeds >= 0).sum())
         losses = {f"val/{name}": value for name, value in self.losses(batch).items()}
         self.log_dict(losses, batch_size=real_rows, on_step=False, on_epoch=True, sync_dist=True)
 
