@@ -8,6 +8,7 @@ RUN/export/            the trained weights in the ecosystem's layout
 RUN/tracking/          what MLflow has been sent and what not yet
 """
 
+import os
 from pathlib import Path
 
 import torch
@@ -70,7 +71,9 @@ def write_config(config: DictConfig) -> None:
         _refuse_another_run(config, OmegaConf.load(path), run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        path.write_text(to_yaml(config))
+        beside = path.with_name(f".{CONFIG_FILE}.{os.getpid()}")  # several processes write the same at once
+        beside.write_text(to_yaml(config))
+        beside.replace(path)
     except OSError as error:
         raise UserError(f"run_dir={run_dir} cannot be written: {error.strerror}") from None
 

@@ -1,5 +1,6 @@
 """Where pretrained weights come from: a hub id, a published URL, a local path, or nowhere ("random")."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -71,7 +72,9 @@ class Weights:
         if self.is_url:
             target = Path(torch.hub.get_dir()) / "checkpoints" / self.source.rsplit("/", 1)[-1]
             target.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(self.source, str(target))
+            # A published file carries the start of its SHA-256 in its name: name-01234567.pth.
+            digest = re.search(r"-([0-9a-f]{8,})\.\w+$", target.name)
+            torch.hub.download_url_to_file(self.source, str(target), hash_prefix=digest and digest[1])
             return target
         from huggingface_hub import snapshot_download
 

@@ -73,6 +73,19 @@ def test_a_run_is_in_mlflow_with_all_that_was_asked(run):
     assert [image.step for image in logged_images(client, record.info.run_id)] == [2]
 
 
+def test_statistics_of_the_real_pictures_are_computed_once(run, phantom):
+    (kept,) = (run.parent / "cache").iterdir()
+    before = kept.stat().st_mtime_ns
+    again = load_config([run / "config.yaml"], [f"run_dir={run.parent}/again", "train.max_steps=1"])
+    again.train.validate_every_steps = 1
+    trainer = train(again)
+    assert kept.stat().st_mtime_ns == before
+    assert float(trainer.callback_metrics["eval/fd_random"]) > 0
+    other = load_config([run / "config.yaml"], [f"run_dir={run.parent}/smaller", "data.resolution=16"])
+    train(other)
+    assert len(list(kept.parent.iterdir())) == 2, "another resolution, another key"
+
+
 def test_another_model_in_the_same_run_directory_is_refused(run, phantom):
     with pytest.raises(UserError, match="another `model`"):
         train(load_config([run / "config.yaml"], ["model.optim.lr=5e-4"]))
@@ -228,6 +241,12 @@ def test_prepare_weights_fetches_a_url_into_the_cache(tmp_path, monkeypatch):
     url = (tmp_path / "vgg.pth").as_uri()
     medsynth("prepare", "weights", REPOSITORY / "configs/msdm_vae.yaml", f"model.perceptual_weights={url}")
     assert (tmp_path / "cache/hub/checkpoints/vgg.pth").read_bytes() == b"weights"
+    damaged = tmp_path / "vgg-01234567.pth"
+    damaged.write_bytes(b"not what its name promises")
+    with pytest.raises(UserError, match="invalid hash"):
+        medsynth(
+            "prepare", "weights", REPOSITORY / "configs/msdm_vae.yaml", f"model.perceptual_weights={damaged.as_uri()}"
+        )
 
 
 # encode
