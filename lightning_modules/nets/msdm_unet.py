@@ -270,7 +270,7 @@ class MSDMUNet(nn.Module):
         return self.out_conv(h_BCHW), deep
 
     def _init_text_path(self) -> None:
-        """Let the text arrive with the size it has: torch's default would shrink it to a fiftieth beside the time."""
+        """Let the text arrive with the size it has: torch's default shrinks it to an eighth of the time embedding."""
         gains = {
             self.text_mlp[0]: 1.0,
             self.text_mlp[2]: 1.7,
