@@ -139,7 +139,8 @@ class Evaluation(L.Callback):
 
     def _turns(self, trainer: L.Trainer, total: int, title: str) -> Iterator[list[int]]:
         turns = EvaluationSampler(total, self.config.batch_size, trainer.global_rank, trainer.world_size)
-        return tqdm(turns, desc=title, leave=False, disable=not trainer.is_global_zero, unit="batch")
+        hidden = None if trainer.is_global_zero else True  # None: only where the output is no terminal
+        return tqdm(turns, desc=title, leave=False, disable=hidden, unit="batch")
 
     def _draw_grid(self, trainer: L.Trainer, module: GenerativeModule) -> None:
         dataset = trainer.datamodule.validation_set()

@@ -1,5 +1,6 @@
 """`medsynth train`: one run from its config, begun or resumed."""
 
+import os
 import warnings
 from pathlib import Path
 
@@ -60,6 +61,8 @@ def train(config):
     from jobs.tracking import RunTracker, run_facts, ui_command
 
     _quieten()
+    if config.hardware.accelerator == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, which saving imports, would warn of no GPU
     if config.hardware.threads:
         torch.set_num_threads(config.hardware.threads)
     L.seed_everything(config.seed, workers=True, verbose=False)
