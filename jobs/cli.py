@@ -53,11 +53,17 @@ def main() -> None:
 
 
 def run(command: str | None = None) -> None:
-    """Run `medsynth`, or one subcommand of it. A user's mistake is one line on standard error and exit code 2."""
-    target = main if command is None else main.get_command(click.Context(main), command)
-    name = "medsynth" if command is None else f"medsynth {command}"
+    """Run `medsynth`, or one subcommand of it."""
+    if command is None:
+        run_command(main, "medsynth")
+    else:
+        run_command(main.get_command(click.Context(main), command), f"medsynth {command}")
+
+
+def run_command(command: click.Command, name: str) -> None:
+    """Run a click command. A user's mistake is one line on standard error and exit code 2."""
     try:
-        target.main(prog_name=name, standalone_mode=False)
+        command.main(prog_name=name, standalone_mode=False)
     except click.UsageError as error:
         error.show()
         sys.exit(2)

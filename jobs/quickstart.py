@@ -52,4 +52,6 @@ def _report(config, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from jobs.cli import run_command
+
+    run_command(main, "quickstart")
