@@ -33,7 +33,7 @@ def encode(config, out: Path, variants: int = 1, batch_size: int = 64) -> None:
     from safetensors.torch import save_file
 
     from datamodules.cached import LATENTS_FILE, MANIFEST_FILE, manifest
-    from jobs.runs import build_module, build_source
+    from jobs.runs import build_module, build_source, pick_device
     from lightning_modules.latent_diffusion import LatentDiffusion
     from medsynth.errors import UserError
 
@@ -44,8 +44,7 @@ def encode(config, out: Path, variants: int = 1, batch_size: int = 64) -> None:
         )
     data, _ = build_source(config)
     module.configure_model()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    module.to(device).eval()
+    module.to(pick_device("auto")).eval()
 
     training = data.training_set()
     passes = [_Pictures(training, variant) for variant in range(variants)]

@@ -43,13 +43,13 @@ def main(
     from rich.console import Console
     from rich.table import Table
 
-    from jobs.sample import _device
+    from jobs.runs import pick_device
     from metrics.extractors import build_extractor
     from metrics.suite import GenerationMetrics
 
     sides = {"real": _Folder(real, resolution), "fake": _Folder(fake, resolution)}
     network = build_extractor(extractor, weights)
-    metrics = GenerationMetrics(network, len(sides["real"]), len(sides["fake"])).to(_device(device))
+    metrics = GenerationMetrics(network, len(sides["real"]), len(sides["fake"])).to(pick_device(device))
     _stream(sides["real"], metrics.update_real, "real", batch_size, workers)
     _stream(sides["fake"], metrics.update_fake, "generated", batch_size, workers)
     scores = metrics.compute()

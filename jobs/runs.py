@@ -117,6 +117,16 @@ def load_weights(module: GenerativeModule, checkpoint: Path) -> None:
         load_ema_weights(module, state["callbacks"]["EMA"])
 
 
+def pick_device(name: str) -> torch.device:
+    """The torch device of that name, "auto" a GPU where there is one; raises UserError where there is no such device."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+
+
 def _refuse_another_run(config: DictConfig, old: DictConfig, run_dir: Path) -> None:
     resolved = OmegaConf.to_container(config, resolve=True)
     before = OmegaConf.to_container(old, resolve=True)

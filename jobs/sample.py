@@ -37,7 +37,7 @@ def main(
 
     from datamodules.base import Conditions, derive_seed
     from datamodules.tables import drop_bad_rows, read_table
-    from jobs.runs import load_run
+    from jobs.runs import load_run, pick_device
     from metrics.images import quantise
 
     table = read_table(prompts, ("Prompt",), "--prompts")
@@ -46,7 +46,7 @@ def main(
     module, config = load_run(run_dir, checkpoint)
     if "captions" not in module.supports.conditions:
         raise UserError(f"{run_dir}: {config.method} draws no pictures for prompts")
-    module.to(_device(device))
+    module.to(pick_device(device))
     facts = {"method": config.method, "steps": str(steps or "default"), "guidance": str(guidance or "default")}
     texts = [facts | {"prompt": caption, "seed": str(seed), "row": str(i)} for i, caption in enumerate(captions)]
     missing = [i for i, text in enumerate(texts) if not _exists(out / f"{i:06d}.png", text)]
@@ -61,17 +61,6 @@ def main(
         for i, pixels in zip(rows, quantise(images).cpu(), strict=True):
             _write(pixels, out / f"{i:06d}.png", texts[i])
     click.echo(f"{len(captions)} pictures in {out}")
-
-
-def _device(name: str):
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
 
 def _exists(path: Path, texts: dict[str, str]) -> bool:

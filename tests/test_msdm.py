@@ -6,14 +6,15 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler
+from safetensors.torch import load_file
 
 from datamodules.base import Conditions, ImageBatch
 from lightning_modules import diffusion
 from lightning_modules.latent_diffusion import SamplerConfig
 from lightning_modules.msdm import MSDM, MSDMConfig, UNetConfig
 from lightning_modules.msdm_vae import LatentCodec, LatentCodecConfig, MSDMVAEConfig, MSDMVAEModule
-from lightning_modules.text import TextEncoderConfig
+from lightning_modules.text import TextEncoder, TextEncoderConfig
 from medsynth.errors import UserError
 
 CODEC = LatentCodecConfig(latent_channels=4, widths=[8, 16], norm_groups=4)
@@ -199,6 +200,46 @@ def test_deep_supervision_weighs_each_resolution_half():
     out, (coarse,) = captured["out"]
     expected = 2 / 3 * F.l1_loss(out, noise) + 1 / 3 * F.l1_loss(coarse, F.avg_pool2d(noise, 2))
     torch.testing.assert_close(loss, expected)
+
+
+def test_an_export_loads_with_the_public_libraries_and_draws_the_same_pictures(tmp_path):
+    module = tiny_msdm()
+    module.export(tmp_path)
+    scheduler = DDIMScheduler.from_pretrained(tmp_path / "scheduler")
+    torch.testing.assert_close(scheduler.alphas_cumprod, module.alpha_bar, rtol=1e-4, atol=0)
+    text_encoder = dataclasses.replace(TINY.text_encoder, source=str(tmp_path))
+    again = MSDM(dataclasses.replace(TINY, vae=str(tmp_path / "vae"), text_encoder=text_encoder))
+    again.configure_model()
+    again.unet.load_state_dict(load_file(tmp_path / "unet/diffusion_pytorch_model.safetensors"))
+    conditions = Conditions(["Generate an image with 1 polyp."])
+    torch.testing.assert_close(again.eval().sample(conditions, [3]), module.sample(conditions, [3]))
+
+
+def test_a_wrong_text_encoder_is_named(tmp_path):
+    with pytest.raises(UserError, match="is not on this machine"):
+        TextEncoder(dataclasses.replace(TINY.text_encoder, source="no/such-encoder"))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="no CLIP text encoder"):
+        TextEncoder(dataclasses.replace(TINY.text_encoder, source=str(tmp_path)))
+    tiny_msdm().export(tmp_path / "export")
+    with pytest.raises(UserError, match="width 16, model.text_encoder.width says 32"):
+        TextEncoder(dataclasses.replace(TINY.text_encoder, source=str(tmp_path / "export"), width=32))
+
+
+def test_a_long_prompt_is_cut_with_a_warning():
+    encoder = TextEncoder(TINY.text_encoder)
+    with pytest.warns(UserWarning, match="cut to 32 tokens"):
+        embeddings, mask = encoder(["Generate an image with 1 polyp. " * 20])
+    assert embeddings.shape == (1, 32, 16)
+    assert mask.all()
+
+
+def test_a_caption_s_embedding_does_not_depend_on_when_it_is_asked_for():
+    encoder = TextEncoder(TINY.text_encoder)
+    first, _ = encoder(["Generate an image with 1 polyp."])
+    encoder([f"Generate an image with {i} polyps." for i in range(1100)])  # more than it remembers
+    later, _ = encoder(["", "Generate an image with 1 polyp."])
+    torch.testing.assert_close(later[1], first[0])
 
 
 def test_a_missing_first_stage_is_named():
