@@ -118,7 +118,7 @@ def load_weights(module: GenerativeModule, checkpoint: Path) -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """The torch device of that name, "auto" a GPU where there is one; raises UserError where there is no such device."""
+    """The torch device of that name, "auto" a GPU if there is one; raises UserError where there is no such device."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
