@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchmetrics.functional.image import structural_similarity_index_measure as ssim
@@ -131,7 +132,7 @@ class LatentCodec(nn.Module):
         try:
             codec = cls(LatentCodecConfig(**json.loads((directory / "config.json").read_text())))
             codec.load_state_dict(load_file(directory / "diffusion_pytorch_model.safetensors"))
-        except (OSError, TypeError, ValueError, RuntimeError) as error:
+        except (OSError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
             raise UserError(f"{key}: {directory} holds no autoencoder that msdm_vae exported: {error}") from error
         return codec
 

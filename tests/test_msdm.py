@@ -341,9 +341,11 @@ def test_a_codec_comes_back_whole_and_damage_is_named(tmp_path):
     codec.save(tmp_path)
     again = LatentCodec.load(tmp_path, "model.vae")
     assert again.digest() == codec.digest()
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="model.vae: .* holds no autoencoder"):
-        LatentCodec.load(tmp_path, "model.vae")
+    weights, config = tmp_path / "diffusion_pytorch_model.safetensors", tmp_path / "config.json"
+    for damaged, content in ((weights, weights.read_bytes()[:1000]), (config, b"{}"), (config, b"no json")):
+        damaged.write_bytes(content)
+        with pytest.raises(UserError, match="model.vae: .* holds no autoencoder"):
+            LatentCodec.load(tmp_path, "model.vae")
 
 
 def test_psnr_is_what_its_name_says():
