@@ -65,12 +65,11 @@ class Evaluation(L.Callback):
 
     def __init__(self, config: EvaluationConfig, run_dir: Path, seed: int):
         self.config, self.run_dir, self.seed = config, Path(run_dir), seed
+        # Now, so that absent weights are refused before training and not at its first evaluation.
         self._extractor: FeatureExtractor | None = None
+        if config.images:
+            self._extractor = build_extractor(config.extractor, config.weights)
         self._validations = 0
-
-    def setup(self, trainer: L.Trainer, pl_module: GenerativeModule, stage: str) -> None:
-        if self.config.images and self._extractor is None:
-            self._extractor = build_extractor(self.config.extractor, self.config.weights)
 
     def state_dict(self) -> dict[str, int]:
         return {"validations": self._validations}

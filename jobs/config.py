@@ -109,6 +109,12 @@ def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> D
     return _checked(config)
 
 
+def load_arguments(arguments: Sequence[str]) -> DictConfig:
+    """`load_config` of a command line: config files, and settings, which hold a "="."""
+    files = [argument for argument in arguments if "=" not in argument]
+    return load_config(files, [argument for argument in arguments if "=" in argument])
+
+
 def instantiate(config: DictConfig, section: str) -> Any:
     """The section's dataclass object; raises UserError where a value is not allowed."""
     return OmegaConf.to_object(config[section])

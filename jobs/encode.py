@@ -21,10 +21,9 @@ def main(config: tuple[str, ...], out: Path, variants: int, batch_size: int) -> 
     CONFIG is what `medsynth train` will be given. VARIANTS passes over the data are encoded as training would augment
     them; training then goes round them.
     """
-    from jobs.config import load_config
+    from jobs.config import load_arguments
 
-    files = [argument for argument in config if "=" not in argument]
-    encode(load_config(files, [a for a in config if "=" in a]), out, variants, batch_size)
+    encode(load_arguments(config), out, variants, batch_size)
 
 
 def encode(config, out: Path, variants: int = 1, batch_size: int = 64) -> None:

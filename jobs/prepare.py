@@ -45,12 +45,12 @@ def weights(config: tuple[str, ...]) -> None:
 
     Compute nodes often have no internet: run this where there is some, with the same home folder.
     """
-    from jobs.config import load_config
+    from jobs.config import load_arguments
     from jobs.runs import build_module
     from lightning_modules.weights import Weights
     from metrics.extractors import INCEPTION_URL
 
-    resolved = load_config([a for a in config if "=" not in a], [a for a in config if "=" in a])
+    resolved = load_arguments(config)
     needed = build_module(resolved).required_weights()
     evaluation = resolved.evaluation
     if evaluation.images and evaluation.extractor == "inception" and evaluation.weights is None:

@@ -19,11 +19,9 @@ def main(config: tuple[str, ...], print_only: bool, keys: bool) -> None:
     CONFIG are YAML files, merged in order; KEY=VALUE settings come last, for instance train.max_steps=1000. The same
     run_dir again resumes the run where it was left.
     """
-    from jobs.config import load_config, to_yaml
+    from jobs.config import load_arguments, to_yaml
 
-    files = [argument for argument in config if "=" not in argument]
-    overrides = [argument for argument in config if "=" in argument]
-    resolved = load_config(files, overrides)
+    resolved = load_arguments(config)
     if print_only:
         click.echo(to_yaml(resolved), nl=False)
     elif keys:
@@ -55,6 +53,7 @@ def train(config):
     import torch
 
     from callbacks.checkpoint import newest_verified
+    from callbacks.evaluation import Evaluation
     from jobs.config import instantiate
     from jobs.runs import build_data, build_module, find_checkpoint, load_weights, write_config
     from jobs.summary import print_summary
@@ -73,7 +72,7 @@ def train(config):
     module.configure_model()
     data, counts = build_data(config, module)
     run_dir = Path(config.run_dir)
-    evaluation = _build_evaluation(config, run_dir)
+    evaluation = Evaluation(instantiate(config, "evaluation"), run_dir, config.seed)
 
     write_config(config)
     data.write_split(run_dir)
@@ -111,17 +110,6 @@ def _check_support(config, module) -> None:
     if strategy not in module.supports.strategies:
         known = ", ".join(sorted(module.supports.strategies))
         raise UserError(f"hardware.strategy={strategy}: {config.method} trains with {known}")
-
-
-def _build_evaluation(config, run_dir: Path):
-    from callbacks.evaluation import Evaluation
-    from jobs.config import instantiate
-    from metrics.extractors import build_extractor
-
-    settings = instantiate(config, "evaluation")
-    if settings.images:
-        build_extractor(settings.extractor, settings.weights)  # refuses absent weights now, not after an hour
-    return Evaluation(settings, run_dir, config.seed)
 
 
 def _build_trainer(config, evaluation, tracker):
