@@ -7,6 +7,8 @@ Shapes: x_BCHW a picture or latent, t_B integer time steps, 0 the least noisy. a
 import torch
 from torch import Tensor
 
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+
 
 class SampleRandom:
     """Random numbers drawn for each sample from its own seed, so that they do not depend on the batch it sits in.
@@ -98,6 +100,94 @@ def gaussian_kl(mean_1: Tensor, log_variance_1: Tensor, mean_2: Tensor, log_vari
     ratio = (log_variance_1 - log_variance_2).exp()
     distance = (mean_1 - mean_2).square() * (-log_variance_2).exp()
     return 0.5 * (log_variance_2 - log_variance_1 + ratio + distance - 1)
+
+
+def zero_terminal_snr(betas: Tensor) -> Tensor:
+    """The schedule shifted and scaled so that its last step is pure noise (Lin et al. 2023, algorithm 1).
+
+    float32 (steps,), the last exactly 1; the first keeps its value. Noise alone does not tell the picture at the last
+    step, so predict `v_prediction` or `sample`.
+    """
+    root = (1 - betas.double()).cumprod(0).sqrt()
+    alpha_bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])).square()
+    return (1 - alpha_bar / torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])).float()
+
+
+def offset_noise(noise_BCHW: Tensor, offsets_BC: Tensor, strength: float) -> Tensor:
+    """Noise with an offset for each sample and channel, so that a model learns to move a picture's mean brightness.
+
+    offsets_BC ~ N(0, 1); strength is their standard deviation, usually 0.1 (Guttenberg 2023, "Diffusion with offset
+    noise").
+    """
+    return noise_BCHW + strength * offsets_BC[:, :, None, None]
+
+
+def training_target(kind: str, x_0_BCHW: Tensor, noise_BCHW: Tensor, t_B: Tensor, alpha_bar: Tensor) -> Tensor:
+    """What a network of prediction type `kind` learns to give at x_t (Salimans & Ho 2022, section 4).
+
+    kind: epsilon (the noise), sample (x_0) or v_prediction, sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x_0; any other
+    is a ValueError, here and below.
+    """
+    match _known(kind):
+        case "epsilon":
+            return noise_BCHW
+        case "sample":
+            return x_0_BCHW
+        case "v_prediction":
+            a = at(alpha_bar, t_B, x_0_BCHW.ndim)
+            return a.sqrt() * noise_BCHW - (1 - a).sqrt() * x_0_BCHW
+
+
+def to_original(kind: str, output_BCHW: Tensor, x_t_BCHW: Tensor, t_B: Tensor, alpha_bar: Tensor) -> Tensor:
+    """x_0 that a network's output implies; not finite for epsilon where alpha_bar is 0."""
+    match _known(kind):
+        case "epsilon":
+            return predicted_original(x_t_BCHW, output_BCHW, t_B, alpha_bar)
+        case "sample":
+            return output_BCHW
+        case "v_prediction":
+            a = at(alpha_bar, t_B, x_t_BCHW.ndim)
+            return a.sqrt() * x_t_BCHW - (1 - a).sqrt() * output_BCHW
+
+
+def to_noise(kind: str, output_BCHW: Tensor, x_t_BCHW: Tensor, t_B: Tensor, alpha_bar: Tensor) -> Tensor:
+    """The noise in x_t that a network's output implies."""
+    a = at(alpha_bar, t_B, x_t_BCHW.ndim)
+    match _known(kind):
+        case "epsilon":
+            return output_BCHW
+        case "sample":
+            return (x_t_BCHW - a.sqrt() * output_BCHW) / (1 - a).sqrt()
+        case "v_prediction":
+            return a.sqrt() * output_BCHW + (1 - a).sqrt() * x_t_BCHW
+
+
+def snr(t_B: Tensor, alpha_bar: Tensor) -> Tensor:
+    """Signal-to-noise ratio alpha_bar / (1 - alpha_bar) of each sample's step, (B,)."""
+    a = at(alpha_bar, t_B, 1)
+    return a / (1 - a)
+
+
+def min_snr_weight(kind: str, t_B: Tensor, alpha_bar: Tensor, gamma: float) -> Tensor:
+    """Weight (B,) of each sample's squared error in its own target (Hang et al. 2023).
+
+    It is min(SNR, gamma) on the error of x_0, so for epsilon that over SNR, for v over SNR + 1. gamma > 0, usually 5.
+    At SNR 0 epsilon has its limit, 1.
+    """
+    ratio = snr(t_B, alpha_bar)
+    match _known(kind):
+        case "epsilon":
+            return gamma / ratio.clamp(min=gamma)
+        case "sample":
+            return ratio.clamp(max=gamma)
+        case "v_prediction":
+            return ratio.clamp(max=gamma) / (ratio + 1)
+
+
+def _known(kind: str) -> str:
+    if kind not in PREDICTION_TYPES:
+        raise ValueError(f"{kind} is no prediction type; use one of {', '.join(PREDICTION_TYPES)}")
+    return kind
 
 
 def _alpha_bars(betas: Tensor) -> tuple[Tensor, Tensor]:
