@@ -121,7 +121,7 @@ class EMA(L.Callback):
     @torch.no_grad()
     def _attach(self, module: "GenerativeModule") -> None:
         self._trained = nn.ModuleDict(module.trainable_modules())
-        self._live = dict(self._trained.named_parameters())
+        self._live = _learning(self._trained)
         self._shadow = {name: live.to(torch.float32, copy=True) for name, live in self._live.items()}
         if self._saved is not None:
             self._adopt_saved()
@@ -174,7 +174,12 @@ def load_ema_weights(module: "GenerativeModule", state: Mapping[str, Any]) -> No
         UserError: names or shapes of the average and of the module differ; the message names them.
     """
     trained = nn.ModuleDict(module.trainable_modules())
-    _fill({**dict(trained.named_parameters()), **_persistent_buffers(trained)}, state["shadow"])
+    _fill({**_learning(trained), **_persistent_buffers(trained)}, state["shadow"])
+
+
+def _learning(trained: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters that are optimised: not the frozen ones around an adapter."""
+    return {name: parameter for name, parameter in trained.named_parameters() if parameter.requires_grad}
 
 
 def _persistent_buffers(trained: nn.Module) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from lightning_modules.base import GenerativeModule
 from medsynth.errors import UserError
 from metrics.extractors import FeatureExtractor, build_extractor
 from metrics.images import quantise
+from metrics.paired import PairedSimilarity
 from metrics.suite import GenerationMetrics
 
 
@@ -42,6 +43,8 @@ class EvaluationConfig:
     """Inception weights file; by default where torch-fidelity keeps its download."""
     reference: str = "all"
     """Real pictures to score against: train, val or all (the papers' choice)."""
+    paired: bool = False
+    """Compare each generated picture with the real one whose conditions it was given too: eval/psnr (dB), eval/ssim."""
     steps: Optional[int] = None
     """Denoising steps; by default the model's."""
     guidance: Optional[float] = None
@@ -63,8 +66,9 @@ class Evaluation(L.Callback):
     it, and the metrics are sums over all.
     """
 
-    def __init__(self, config: EvaluationConfig, run_dir: Path, seed: int):
-        self.config, self.run_dir, self.seed = config, Path(run_dir), seed
+    def __init__(self, config: EvaluationConfig, run_dir: Path, seed: int, between: Callable[[], None] = lambda: None):
+        """between: called by all processes before each batch of pictures."""
+        self.config, self.run_dir, self.seed, self._between = config, Path(run_dir), seed, between
         # Now, so that absent weights are refused before training and not at its first evaluation.
         self._extractor: FeatureExtractor | None = None
         if config.images:
@@ -76,6 +80,10 @@ class Evaluation(L.Callback):
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         self._validations = state_dict["validations"]
+
+    def setup(self, trainer: L.Trainer, pl_module: GenerativeModule, stage: str) -> None:
+        if self.config.paired:
+            trainer.datamodule.paired_pictures([0])  # refused now, not at the first evaluation
 
     def on_train_start(self, trainer: L.Trainer, pl_module: GenerativeModule) -> None:
         if not self.config.at_start or trainer.global_step:
@@ -96,26 +104,30 @@ class Evaluation(L.Callback):
     @torch.no_grad()
     def evaluate(self, trainer: L.Trainer, module: GenerativeModule) -> dict[str, float]:
         """Draw the grid and score `images` new pictures; {"eval/<name>": value}, the same on every process."""
-        if self.config.grid:
-            self._draw_grid(trainer, module)
-        return self._score(trainer, module) if self.config.images else {}
+        with trainer.precision_plugin.forward_context():
+            if self.config.grid:
+                self._draw_grid(trainer, module)
+            return self._score(trainer, module) if self.config.images else {}
 
     def _score(self, trainer: L.Trainer, module: GenerativeModule) -> dict[str, float]:
         total, data = self.config.images, trainer.datamodule
         reals = data.reference_set(self.config.reference)
         metrics = GenerationMetrics(self._extractor, len(reals), total).to(module.device)
         self._load_reference(trainer, metrics, reals)
-        conditions = data.evaluation_conditions(total)
+        paired = PairedSimilarity(total).to(module.device) if self.config.paired else None
         for rows in self._turns(trainer, total, "generating"):
             indices = [max(i, 0) for i in rows]  # padding draws picture 0: a sharded model needs every process
             images = module.sample(
-                conditions[indices].to(module.device),
+                data.evaluation_conditions(indices).to(module.device),
                 [derive_seed(self.seed, "evaluation", i) for i in indices],
                 steps=self.config.steps,
                 guidance=self.config.guidance,
             )
-            metrics.update_fake(quantise(images), torch.tensor(rows))
-        values = metrics.compute()
+            images = quantise(images)
+            metrics.update_fake(images, torch.tensor(rows))
+            if paired is not None:
+                paired.update(images, data.paired_pictures(indices), torch.tensor(rows))
+        values = metrics.compute() | ({} if paired is None else paired.compute())
         self._extractor.cpu()  # its memory is training's again
         return {f"eval/{name}": value for name, value in values.items()}
 

@@ -91,7 +91,7 @@ class RunProgress(ProgressBar):
     def _show(self, trainer: L.Trainer) -> None:
         self._last_line = time.perf_counter()
         done = _steps_done(trainer)
-        loss = float(trainer.progress_bar_metrics.get("loss", float("nan")))
+        loss = float(trainer.callback_metrics.get("train/loss", float("nan")))
         speed = self._throughput.images_per_second
         if self._bar:
             self._bar.update(self._task, completed=done, loss=loss, speed=speed)

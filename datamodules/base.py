@@ -9,12 +9,18 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Optional
 
 import lightning as L
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+
+from medsynth.errors import UserError
+
+CONTROL_CHANNELS = {"canny": 1, "depth": 1, "mask": 1, "picture": 3}
+"""Kinds of picture that steer a generation, and how many channels of `Conditions.control` each has."""
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -82,6 +88,7 @@ class ImageBatch(_Rows):
     is_prior: bool (n,): True for class pictures of a prior-preservation loss.
     latents: float32 (n, 2C, h, w): posterior mean and log-variance of a frozen encoder, or None.
     text_embeddings: float32 (n, L, D) of a frozen text encoder, or None.
+    text_mask: bool (n, L), True on the real tokens of `text_embeddings`, or None.
     """
 
     images: Tensor | None
@@ -90,6 +97,7 @@ class ImageBatch(_Rows):
     is_prior: Tensor
     latents: Tensor | None = None
     text_embeddings: Tensor | None = None
+    text_mask: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.seeds)
@@ -97,6 +105,61 @@ class ImageBatch(_Rows):
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "ImageBatch":
         """The same rows with every tensor but the seeds on `device`: generators are seeded from the CPU."""
         return replace(super().to(device, non_blocking), seeds=self.seeds)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample as training or validation shows it; all but the noise.
+
+    picture: float32 (3, R, R) in [0, 1], RGB; None where only the rest was asked for.
+    caption: the prompt; "" is unconditional.
+    control: float32 (C, R, R) in [0, 1], of the picture's own geometry, or None.
+    is_prior: a class picture of a prior-preservation loss.
+    label: class index, or None where the data set has no classes.
+    """
+
+    picture: Tensor | None
+    caption: str
+    control: Tensor | None = None
+    is_prior: bool = False
+    label: int | None = None
+
+    def row(self, seed: int) -> ImageBatch:
+        """A batch of this one sample, whose noise is drawn from `seed`."""
+        return ImageBatch(
+            images=None if self.picture is None else self.picture[None],
+            conditions=Conditions(
+                captions=[self.caption],
+                labels=None if self.label is None else torch.tensor([self.label]),
+                control=None if self.control is None else self.control[None],
+            ),
+            seeds=torch.tensor([seed]),
+            is_prior=torch.tensor([self.is_prior]),
+        )
+
+
+DRAWN_FILE = "drawn.json"
+"""File in a folder of drawings, written before the first of them: the prompts and what drew them."""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A picture that the untrained model is asked to draw, once, before training.
+
+    path: the file to write, a PNG. caption: its prompt. seed: of its noise.
+    """
+
+    path: Path
+    caption: str
+    seed: int
+
+
+def undrawn(drawings: list[Drawing]) -> list[Drawing]:
+    """Those whose file is not there."""
+    # Folders are listed: of a path that was asked for in vain, a network file system says so for a while.
+    folders = {drawing.path.parent for drawing in drawings}
+    there = {path for folder in folders if folder.is_dir() for path in folder.iterdir()}
+    return [drawing for drawing in drawings if drawing.path not in there]
 
 
 def collate(samples: list[ImageBatch]) -> ImageBatch:
@@ -263,16 +326,18 @@ class ImageDataModule(L.LightningDataModule, ABC):
     def training_set(self) -> Dataset:
         """Maps a stream position to one `ImageBatch` of one row.
 
-        It also has `stream` (the `SampleStream`), `sample(pass, index)` (picture and caption) and
-        `caption(pass, index)`, which a cache of latents is made of.
+        It also has `stream`, the `SampleStream` or its like: position -> (pass, index), `length` positions a pass. And
+        what a cache is made of: `sample(pass, index)`, the `Sample` as that pass shows it, for every index below the
+        set's length; `without_picture(pass, index)`, the same with the picture None, which reads no picture unless the
+        control needs it.
         """
 
     @abstractmethod
     def validation_set(self) -> Dataset:
         """Maps an index to one `ImageBatch` of one row: no augmentation, fixed seed.
 
-        The index -1 is padding: any row, with seed -1. It also has `caption(index)` and `noise_seed(index)`, which read
-        no picture.
+        The index -1 is padding: any row, with seed -1. It also has `sample(index)` and `without_picture(index)`, as the
+        training set has, and `noise_seed(index)`, -1 for padding.
         """
 
     @abstractmethod
@@ -283,15 +348,38 @@ class ImageDataModule(L.LightningDataModule, ABC):
         """
 
     @abstractmethod
-    def evaluation_conditions(self, count: int) -> Conditions:
-        """`count` conditions drawn by seed from the validation split: the prompts that evaluation asks for."""
+    def evaluation_conditions(self, rows: int | Sequence[int]) -> Conditions:
+        """What evaluation asks for: rows of one endless order, fixed by seed; a number n means the first n of it.
+
+        Those with a control are best asked for by the batch: each is a picture in memory.
+        """
+
+    @abstractmethod
+    def all_captions(self) -> list[str]:
+        """Every caption that training, validation or evaluation can show, "" among them; sorted, each once."""
+
+    def paired_pictures(self, rows: Sequence[int]) -> Tensor:
+        """The real pictures, uint8 (n, 3, R, R), whose conditions are those rows of `evaluation_conditions`.
+
+        Raises:
+            UserError: the conditions are of no picture.
+        """
+        raise UserError("evaluation.paired: what evaluation asks for belongs to no real picture here; set it to false")
+
+    def to_draw(self) -> list[Drawing]:
+        """Pictures that the untrained model draws before training (class pictures of a prior-preservation loss)."""
+        return []
+
+    def rare_words(self) -> list[str]:
+        """Words of the prompts that training is to give a meaning: each should be one token."""
+        return []
 
     def write_split(self, run_dir: str) -> None:
         """Write which pictures train and which validate to the run directory, where there is such a choice."""
 
     def train_dataloader(self) -> StreamLoader:
         dataset = self.training_set()
-        sampler = StreamBatchSampler(len(dataset), self.batch_size, self.accumulate, *self._rank_and_world())
+        sampler = StreamBatchSampler(dataset.stream.length, self.batch_size, self.accumulate, *self._rank_and_world())
         sampler.position = self._position
         self._loader = StreamLoader(dataset, sampler, **self._loading())
         return self._loader

@@ -3,7 +3,11 @@
 Between the functions a picture is a tensor (3, H, W): uint8 as read, float32 in [0, 1] where said.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -32,6 +36,10 @@ class PictureFolder:
 
     def __len__(self) -> int:
         return len(self._names)
+
+    def names(self) -> list[str]:
+        """Relative path of every picture, sorted."""
+        return sorted(self._names)
 
     def find(self, name: str) -> str:
         """Relative path, suffix included, of the picture called `name`.
@@ -63,23 +71,40 @@ def read_rgb(path: Path, max_pixels: int, least_side: int = 0) -> Tensor:
         UserError: the message starts with `path` and says that the file is missing, cannot be decoded, or has more than
             `max_pixels` pixels, which the header tells before anything is decoded.
     """
+    return decode_rgb(path, str(path), max_pixels, least_side)
+
+
+def decode_rgb(file: Path | BinaryIO, name: str, max_pixels: int, least_side: int = 0) -> Tensor:
+    """`read_rgb` of a path or an open file, which messages call `name`."""
+    with _opened(file, name, max_pixels) as image:
+        if least_side:
+            image.draft(None, (least_side, least_side))
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+        return F.pil_to_tensor(_to_rgb(image))
+
+
+def check_header(file: Path | BinaryIO, name: str, max_pixels: int) -> None:
+    """Read no more than the header; raises UserError where that shows what `read_rgb` would refuse."""
+    with _opened(file, name, max_pixels):
+        pass
+
+
+@contextmanager
+def _opened(file: Path | BinaryIO, name: str, max_pixels: int) -> Iterator[Image.Image]:
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             if image.width * image.height > max_pixels:
                 raise Image.DecompressionBombError
-            if least_side:
-                image.draft(None, (least_side, least_side))
-            image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            return F.pil_to_tensor(_to_rgb(image))
+            yield image
     except FileNotFoundError:
-        raise UserError(f"{path} is missing") from None
+        raise UserError(f"{name} is missing") from None
     except UnidentifiedImageError:
-        raise UserError(f"{path} is no picture of a known format") from None
+        raise UserError(f"{name} is no picture of a known format") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise UserError(f"{path} has more than data.max_pixels={max_pixels} pixels") from None
+        raise UserError(f"{name} has more than data.max_pixels={max_pixels} pixels") from None
     except Exception as error:  # Pillow's decoders answer damaged bytes with errors of almost any kind
-        raise UserError(f"{path} cannot be decoded ({error or type(error).__name__})") from error
+        raise UserError(f"{name} cannot be decoded ({error or type(error).__name__})") from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -92,8 +117,32 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def crop_square(image: Tensor, side: int, place: float = 0.5) -> Tensor:
-    """The largest square of a picture, resized: (3, H, W) -> (3, side, side), same dtype.
+@dataclass(frozen=True)
+class Geometry:
+    """Which square of a picture is shown, and how it lies: one for a picture, its mask and its control.
+
+    side: of the result, pixels. square: `crop` or `pad`. place: of the crop, see `crop_square`. flips: axes, -1
+    left to right, -2 upside down.
+    """
+
+    side: int
+    square: str = "crop"
+    place: float = 0.5
+    flips: tuple[int, ...] = ()
+
+    def apply(self, image: Tensor, interpolation: InterpolationMode = InterpolationMode.BICUBIC) -> Tensor:
+        """(C, H, W) -> (C, side, side), same dtype; masks of classes need NEAREST_EXACT."""
+        if self.square == "pad":
+            image = pad_square(image, self.side, interpolation)
+        else:
+            image = crop_square(image, self.side, self.place, interpolation)
+        return torch.flip(image, self.flips) if self.flips else image
+
+
+def crop_square(
+    image: Tensor, side: int, place: float = 0.5, interpolation: InterpolationMode = InterpolationMode.BICUBIC
+) -> Tensor:
+    """The largest square of a picture, resized: (C, H, W) -> (C, side, side), same dtype.
 
     `place` in [0, 1] is where the square lies along the longer side: 0 left or top, 0.5 the centre.
     The resize is torchvision's antialiased bicubic: on uint8 faster than Pillow's, and within one level of it.
@@ -101,14 +150,14 @@ def crop_square(image: Tensor, side: int, place: float = 0.5) -> Tensor:
     height, width = image.shape[-2:]
     short = min(height, width)
     top, left = round(place * (height - short)), round(place * (width - short))
-    return F.resized_crop(image, top, left, short, short, [side, side], InterpolationMode.BICUBIC, antialias=True)
+    return F.resized_crop(image, top, left, short, short, [side, side], interpolation, antialias=True)
 
 
-def pad_square(image: Tensor, side: int) -> Tensor:
-    """The whole picture in a black square: (3, H, W) -> (3, side, side), same dtype, centred."""
+def pad_square(image: Tensor, side: int, interpolation: InterpolationMode = InterpolationMode.BICUBIC) -> Tensor:
+    """The whole picture in a black square: (C, H, W) -> (C, side, side), same dtype, centred."""
     scale = side / max(image.shape[-2:])
     size = [max(1, round(extent * scale)) for extent in image.shape[-2:]]
-    image = F.resize(image, size, InterpolationMode.BICUBIC, antialias=True)
+    image = F.resize(image, size, interpolation, antialias=True)
     return F.center_crop(image, [side, side])
 
 
@@ -126,7 +175,6 @@ def jitter(image: Tensor, rng: np.random.Generator, brightness: float, contrast:
     return image
 
 
-def random_flips(image: Tensor, rng: np.random.Generator) -> Tensor:
-    """A horizontal and a vertical flip, each with probability 0.5: any (..., H, W)."""
-    axes = [axis for axis, flip in ((-1, rng.random() < 0.5), (-2, rng.random() < 0.5)) if flip]
-    return torch.flip(image, axes) if axes else image
+def random_flips(rng: np.random.Generator) -> tuple[int, ...]:
+    """Axes of a horizontal and a vertical flip, each with probability 0.5."""
+    return tuple(axis for axis in (-1, -2) if rng.random() < 0.5)

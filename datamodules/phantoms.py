@@ -11,16 +11,15 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from datamodules.drawing import Array, polar, ramp, round_outline, triple_angle, waves, write_once
 from medsynth.errors import UserError
 
-Array = NDArray[np.float32]
 Window = tuple[slice, slice]
 
 DRAWING = 1
@@ -252,12 +251,6 @@ def render(scene: ColonoscopyScene, size: int) -> NDArray[np.uint8]:
     return np.rint(255 * image.clip(0, 1)).astype(np.uint8)
 
 
-def _ramp(low: float, high: float, value: Array) -> Array:
-    """0 below `low`, 1 above `high`, smooth between; falls where low > high."""
-    t = ((value - low) / (high - low)).clip(0, 1)
-    return t * t * (3 - 2 * t)
-
-
 def _over(image: Array, colour: Array | Iterable[float], alpha: Array, window: Window = np.s_[:, :]) -> None:
     """Paint `colour` (3,) or (3, h, w) over the window of `image` (3, H, W) with opacity `alpha` (h, w)."""
     colour = np.asarray(colour, dtype=np.float32)
@@ -265,45 +258,24 @@ def _over(image: Array, colour: Array | Iterable[float], alpha: Array, window: W
     part += alpha * (colour.reshape(3, *colour.shape[1:] or (1, 1)) - part)
 
 
-def _waves(x: Array, y: Array, rng: np.random.Generator, frequency: float, count: int = 8) -> Array:
-    """Smooth noise (H, W) of unit variance: `count` plane waves of about `frequency` periods a unit of x and y."""
-    angle, phase = rng.uniform(0, 2 * np.pi, size=(2, count, 1)).astype(np.float32)
-    k = (2 * np.pi * frequency * rng.uniform(0.6, 1.4, size=(count, 1))).astype(np.float32)
-    across, down = k * np.cos(angle) * x + phase, k * np.sin(angle) * y.T
-    # cos(a + b) = cos a cos b - sin a sin b: a product of two thin matrices instead of a cosine a pixel.
-    left = np.concatenate([np.cos(down), -np.sin(down)])
-    return left.T @ np.concatenate([np.cos(across), np.sin(across)]) * np.float32(np.sqrt(2 / count))
-
-
 def _mucosa(scene: ColonoscopyScene, x: Array, y: Array, rng: np.random.Generator) -> Array:
     """The colon's wall (3, H, W): light that fades into the lumen, folds around it, vessels and wet reflections."""
     warp, turn, lamp = 0.25 * scene.lumen_radius, *rng.uniform(0, 2 * np.pi, size=2)
-    dx = x - scene.lumen[0] + warp * _waves(x, y, rng, 1.3)
-    dy = y - scene.lumen[1] + warp * _waves(x, y, rng, 1.3)
-    distance, cosine, sine = _polar(dx, dy)
-    cosine3, sine3 = _triple_angle(cosine, sine)
+    dx = x - scene.lumen[0] + warp * waves(x, y, rng, 1.3)
+    dy = y - scene.lumen[1] + warp * waves(x, y, rng, 1.3)
+    distance, cosine, sine = polar(dx, dy)
+    cosine3, sine3 = triple_angle(cosine, sine)
     # The colon's three muscle bands give the lumen and its folds the shape of a rounded triangle.
     threefold = np.cos(turn) * cosine3 + np.sin(turn) * sine3
     reach = distance * (1 + 0.13 * threefold) / scene.lumen_radius
-    light = scene.brightness * (0.02 + 0.62 * _ramp(0.1, 4.0, reach))
-    light *= 1 + 0.45 * (np.cos(lamp) * (x - 0.5) + np.sin(lamp) * (y - 0.5)) + 0.05 * _waves(x, y, rng, 2.5)
+    light = scene.brightness * (0.02 + 0.62 * ramp(0.1, 4.0, reach))
+    light *= 1 + 0.45 * (np.cos(lamp) * (x - 0.5) + np.sin(lamp) * (y - 0.5)) + 0.05 * waves(x, y, rng, 2.5)
     light *= 1 + (0.75 - 0.25 * threefold) * _folds(reach, x, y, rng)
     image = _tissue(light, scene.hue)
-    vessels = _ramp(0.22, 0.0, np.abs(_waves(x, y, rng, 5.0, 14))) * _ramp(0.0, 1.5, _waves(x, y, rng, 2.0))
-    _over(image, (0.62, 0.13, 0.10), 0.2 * vessels * _ramp(1.2, 3.0, reach))
-    _over(image, (1.0, 0.97, 0.92), 0.9 * _reflections(x, y, rng) * _ramp(1.2, 2.2, reach))
+    vessels = ramp(0.22, 0.0, np.abs(waves(x, y, rng, 5.0, 14))) * ramp(0.0, 1.5, waves(x, y, rng, 2.0))
+    _over(image, (0.62, 0.13, 0.10), 0.2 * vessels * ramp(1.2, 3.0, reach))
+    _over(image, (1.0, 0.97, 0.92), 0.9 * _reflections(x, y, rng) * ramp(1.2, 2.2, reach))
     return image
-
-
-def _polar(dx: Array, dy: Array) -> tuple[Array, Array, Array]:
-    """Distance from the origin, above zero everywhere, and cosine and sine of the angle there."""
-    distance = np.sqrt(dx * dx + dy * dy) + np.float32(1e-4)
-    return distance, dx / distance, dy / distance
-
-
-def _triple_angle(cosine: Array, sine: Array) -> tuple[Array, Array]:
-    """cos 3θ and sin 3θ from cos θ and sin θ."""
-    return cosine * (4 * cosine * cosine - 3), sine * (3 - 4 * sine * sine)
 
 
 def _folds(reach: Array, x: Array, y: Array, rng: np.random.Generator) -> Array:
@@ -312,10 +284,10 @@ def _folds(reach: Array, x: Array, y: Array, rng: np.random.Generator) -> Array:
     They lie at even steps of the logarithm of the distance, about as rings of a tube do in perspective. Outwards from
     the lumen each begins with its lit crest, and the light falls until the next crest's edge.
     """
-    depth = rng.uniform(1.9, 2.8) * np.log(reach + 0.4) + 0.16 * _waves(x, y, rng, 1.5) + rng.uniform(0, 1)
+    depth = rng.uniform(1.9, 2.8) * np.log(reach + 0.4) + 0.16 * waves(x, y, rng, 1.5) + rng.uniform(0, 1)
     step = depth - np.floor(depth)
-    crest = _ramp(0.0, 0.2, step) * (1 - step) - 0.4
-    return 0.85 * crest * _ramp(0.5, 1.2, reach) * _ramp(7.0, 2.0, reach)
+    crest = ramp(0.0, 0.2, step) * (1 - step) - 0.4
+    return 0.85 * crest * ramp(0.5, 1.2, reach) * ramp(7.0, 2.0, reach)
 
 
 def _tissue(light: Array, hue: float) -> Array:
@@ -343,27 +315,20 @@ def _draw_polyp(image: Array, polyp: Polyp, x: Array, y: Array, rng: np.random.G
     rows, columns = (slice(max(int((c - reach) * x.size), 0), int((c + reach) * x.size)) for c in (polyp.y, polyp.x))
     window = (rows, columns)
     dx, dy = (x[:, columns] - polyp.x) / polyp.radius, (y[rows] - polyp.y) / polyp.radius
-    distance, cosine, sine = _polar(dx, dy)
-    outline = _outline(cosine, sine, rng)
+    distance, cosine, sine = polar(dx, dy)
+    outline = round_outline(cosine, sine, rng)
     shadow = np.sqrt((dx - 0.16) ** 2 + (dy - 0.22) ** 2) / outline
-    _over(image, (0.22, 0.05, 0.03), 0.62 * _ramp(1.3, 0.85, shadow), window)
+    _over(image, (0.22, 0.05, 0.03), 0.62 * ramp(1.3, 0.85, shadow), window)
     q = distance / outline  # 0 at the top, 1 at the rim
     height = np.sqrt((1.02 - q * q).clip(0.02, 1))
     shade = 0.40 + 0.60 * (0.92 * height - q * (0.28 * cosine + 0.40 * sine)).clip(0, 1.15)
-    grain = 0.04 * _waves(dx, dy, rng, 1.8, 12)
+    grain = 0.04 * waves(dx, dy, rng, 1.8, 12)
     # Light that tissue scatters comes back redder, so shadows and the surface's pits are not grey.
     tint = np.stack([shade + 0.3 * grain, shade**1.35 + grain, shade**1.45 + grain])
-    _over(image, _polyp_colour(polyp.colours, dx, dy, rng) * tint, _ramp(1.0, 0.84, q), window)
+    _over(image, _polyp_colour(polyp.colours, dx, dy, rng) * tint, ramp(1.0, 0.84, q), window)
     glints = rng.normal((-0.26, -0.36), 0.10, size=(3, 2)).astype(np.float32)
     for (gx, gy), width in zip(glints, (0.20, 0.13, 0.09), strict=True):
-        _over(image, (1.0, 0.98, 0.94), 0.8 * _ramp(width, 0.02, np.hypot(dx - gx, 1.25 * (dy - gy))), window)
-
-
-def _outline(cosine: Array, sine: Array, rng: np.random.Generator) -> Array:
-    """Radius of a not quite round outline of mean 1 in each direction: second and third harmonics."""
-    a, b, c, d = rng.uniform(-0.11, 0.11, size=4).astype(np.float32)
-    cosine3, sine3 = _triple_angle(cosine, sine)
-    return 1 + a * (2 * cosine * cosine - 1) + b * 2 * sine * cosine + 0.6 * (c * cosine3 + d * sine3)
+        _over(image, (1.0, 0.98, 0.94), 0.8 * ramp(width, 0.02, np.hypot(dx - gx, 1.25 * (dy - gy))), window)
 
 
 def _polyp_colour(colours: tuple[str, ...], dx: Array, dy: Array, rng: np.random.Generator) -> Array:
@@ -372,11 +337,11 @@ def _polyp_colour(colours: tuple[str, ...], dx: Array, dy: Array, rng: np.random
     dx, dy: position on the polyp in radii. Each colour has a good share of the area.
     """
     turn = rng.uniform(0, 2 * np.pi)
-    off_cap = np.hypot(dx - 0.3 * np.cos(turn), dy - 0.3 * np.sin(turn)) + 0.08 * _waves(dx, dy, rng, 0.5)
+    off_cap = np.hypot(dx - 0.3 * np.cos(turn), dy - 0.3 * np.sin(turn)) + 0.08 * waves(dx, dy, rng, 0.5)
     body = np.multiply.outer(np.array(COLOURS[colours[0]], dtype=np.float32), np.ones_like(off_cap))
     for place, colour in enumerate(colours[1:], start=1):
         rim = 0.92 * np.sqrt(1 - place / len(colours))
-        _over(body, COLOURS[colour], _ramp(rim + 0.16, rim - 0.16, off_cap))
+        _over(body, COLOURS[colour], ramp(rim + 0.16, rim - 0.16, off_cap))
     return body
 
 
@@ -389,26 +354,26 @@ def _draw_instrument(image: Array, instrument: Instrument, x: Array, y: Array) -
     across = (x - instrument.entry[0]) * -uy + (y - instrument.entry[1]) * ux
     beyond = (along - (length - instrument.half_width)).clip(0, None)
     q = np.sqrt(across**2 + beyond**2) / instrument.half_width
-    _over(image, (0.12, 0.03, 0.02), 0.5 * _ramp(1.7, 0.9, q))
+    _over(image, (0.12, 0.03, 0.02), 0.5 * ramp(1.7, 0.9, q))
     side = across / instrument.half_width
-    shade = 0.30 + 0.45 * np.sqrt((1 - side * side).clip(0, 1)) + 0.25 * _ramp(0.35, 0.0, np.abs(side + 0.3))
-    ring = _ramp(0.014, 0.008, np.abs(along - length + 2.2 * instrument.half_width))
+    shade = 0.30 + 0.45 * np.sqrt((1 - side * side).clip(0, 1)) + 0.25 * ramp(0.35, 0.0, np.abs(side + 0.3))
+    ring = ramp(0.014, 0.008, np.abs(along - length + 2.2 * instrument.half_width))
     shade = shade * (1 - 0.6 * ring)
     metal = np.array([0.93, 0.97, 1.0], dtype=np.float32).reshape(3, 1, 1) * shade
-    _over(image, metal, _ramp(1.0, 0.86, q))
+    _over(image, metal, ramp(1.0, 0.86, q))
 
 
 def _draw_frame(image: Array, scene: ColonoscopyScene, x: Array, y: Array) -> None:
     """The endoscope's black frame: an octagon with soft edges, and less light towards it."""
     dx, dy = np.abs(x - 0.5), np.abs(y - 0.5)
-    image *= 1 - 0.45 * _ramp(0.12, 0.42, dx * dx + dy * dy)
-    inside = _ramp(0.492, 0.484, np.maximum(dx, dy)) * _ramp(scene.corner + 0.005, scene.corner - 0.005, dx + dy)
+    image *= 1 - 0.45 * ramp(0.12, 0.42, dx * dx + dy * dy)
+    inside = ramp(0.492, 0.484, np.maximum(dx, dy)) * ramp(scene.corner + 0.005, scene.corner - 0.005, dx + dy)
     image *= inside
 
 
 def _draw_box(image: Array, colour: str, x: Array, y: Array) -> None:
     """The lower left box: black, or the green ScopeGuide display with the endoscope's curve."""
-    inside = _ramp(BOX[0] + 0.004, BOX[0] - 0.004, x) * _ramp(BOX[1] - 0.004, BOX[1] + 0.004, y)
+    inside = ramp(BOX[0] + 0.004, BOX[0] - 0.004, x) * ramp(BOX[1] - 0.004, BOX[1] + 0.004, y)
     _over(image, (0.05, 0.40, 0.22) if colour == "green" else (0, 0, 0), inside)
     if colour == "black":
         return
@@ -506,41 +471,14 @@ def write_colonoscopy(
     """
     if images < 1 or size < 16 or seed < 0:
         raise UserError(f"images={images}, size={size}, seed={seed}: give images >= 1, size >= 16 and seed >= 0")
-    out = out.resolve()
     recipe = {"phantoms": "colonoscopy", "drawing": DRAWING, "images": images, "seed": seed, "size": size}
-    try:
-        if _holds(out, recipe):
-            return False
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
-            folder = Path(scratch) / "set"
-            _write_set(folder, recipe, progress)
-            folder.rename(out)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be read or written ({error}); choose another --out") from error
-    return True
-
-
-def _holds(out: Path, recipe: dict[str, Any]) -> bool:
-    """Whether `out` holds the set of `recipe`: False where there is nothing, UserError where there is anything else."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return False
-    marker = out / "phantom.json"
-    if not marker.is_file() or marker.read_text(encoding="utf-8", errors="replace") != _recipe_text(recipe):
-        raise UserError(f"{out}: holds something other than these phantoms; choose another --out, or remove it")
-    pictures = [f"images/{_name(index)}.jpg" for index in range(recipe["images"])]
-    missing = [
-        name for name in ["prompt-gt.csv", "test-prompts.csv", "truth.json", *pictures] if not (out / name).is_file()
-    ]
-    if missing:
-        raise UserError(
-            f"{out}: {missing[0]} is missing; choose another --out, or remove it to draw the phantoms again"
-        )
-    return True
+    tables = ["prompt-gt.csv", "test-prompts.csv", "truth.json"]
+    files = [*tables, *(f"images/{_name(index)}.jpg" for index in range(images))]
+    return write_once(out, recipe, files, lambda folder: _write_set(folder, recipe, progress))
 
 
 def _write_set(folder: Path, recipe: dict[str, Any], progress: Callable[[int], None] | None) -> None:
-    (folder / "images").mkdir(parents=True)
+    (folder / "images").mkdir()
     rows, entries = [], []
     for index in range(recipe["images"]):
         rng = np.random.default_rng((recipe["seed"], index))
@@ -554,15 +492,10 @@ def _write_set(folder: Path, recipe: dict[str, Any], progress: Callable[[int], N
     _write_csv(folder / "prompt-gt.csv", [("Filename", "Prompt"), *rows])
     _write_csv(folder / "test-prompts.csv", [("Prompt",), *((prompt,) for prompt, _ in frequent)])
     (folder / "truth.json").write_text("[\n" + ",\n".join(entries) + "\n]\n", encoding="utf-8")
-    (folder / "phantom.json").write_text(_recipe_text(recipe), encoding="utf-8")
 
 
 def _name(index: int) -> str:
     return f"phantom-{index:06}"
-
-
-def _recipe_text(recipe: dict[str, Any]) -> str:
-    return json.dumps(recipe) + "\n"
 
 
 def _write_csv(path: Path, rows: Iterable[tuple[str, ...]]) -> None:

@@ -5,6 +5,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from medsynth.errors import UserError
 
@@ -13,22 +14,26 @@ _SHOWN = 20
 
 @dataclass
 class Table:
-    """The good rows of a CSV file and what is wrong with the others, both by line number (the header is line 1)."""
+    """The good rows of a CSV file and what is wrong with the others, both by line number (the header is line 1).
+
+    It may as well list samples that are no rows: by name, `noun` "sample".
+    """
 
     name: str
-    rows: dict[int, dict[str, str]] = field(default_factory=dict)
-    faults: dict[int, str] = field(default_factory=dict)
+    rows: dict[Any, Any] = field(default_factory=dict)
+    faults: dict[Any, str] = field(default_factory=dict)
+    noun: str = "row"
 
-    def reject(self, line: int, why: str) -> None:
+    def reject(self, place: int | str, why: str) -> None:
         """Move a row to the faults."""
-        self.rows.pop(line, None)
-        self.faults[line] = why
+        self.rows.pop(place, None)
+        self.faults[place] = why
 
-    def report(self) -> str:
+    def report(self, mend: str = "data.on_bad=skip trains on the rest") -> str:
         """One line for the file, then one for each of the first 20 bad rows."""
-        count = len(self.faults)
-        lines = [f"{self.name}: {count} bad row{'s' * (count > 1)} (data.on_bad=skip trains on the rest)"]
-        lines += [f"  row {line}: {why}" for line, why in sorted(self.faults.items())[:_SHOWN]]
+        count, row = len(self.faults), "row " * (self.noun == "row")
+        lines = [f"{self.name}: {count} bad {self.noun}{'s' * (count > 1)} ({mend})"]
+        lines += [f"  {row}{place}: {why}" for place, why in sorted(self.faults.items())[:_SHOWN]]
         return "\n".join(lines + [f"  and {count - _SHOWN} more"] * (count > _SHOWN))
 
 
@@ -94,5 +99,5 @@ def drop_bad_rows(tables: Sequence[Table], on_bad: str) -> int:
         raise UserError("\n".join(table.report() for table in bad))
     for table in bad:
         if not table.rows:
-            raise UserError(f"no good row is left\n{table.report()}")
+            raise UserError(f"no good {table.noun} is left\n{table.report()}")
     return sum(len(table.faults) for table in bad)

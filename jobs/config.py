@@ -5,7 +5,7 @@ refused with the nearest right one.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Optional
 
@@ -58,6 +58,8 @@ class HardwareConfig:
     """Lightning's name: 32-true, bf16-mixed, 16-mixed."""
     threads: Optional[int] = None
     """CPU threads a process computes with; by default torch's choice."""
+    compile: bool = False
+    """torch.compile the networks: the first steps take minutes, the others are faster."""
 
 
 @dataclass
@@ -185,8 +187,9 @@ def _checked(config: DictConfig) -> DictConfig:
         raise UserError(f"{missing[0]} is missing; give it in a config file or as {missing[0]}=VALUE")
     try:
         OmegaConf.resolve(config)
-        for section in ("model", "data", "evaluation", "checkpoint", "ema", "tracking", "train", "hardware"):
-            instantiate(config, section)
+        for field_ in fields(RunConfig):
+            if OmegaConf.is_config(config[field_.name]):
+                instantiate(config, field_.name)
     except UserError:
         raise
     except OmegaConfBaseException as error:
@@ -195,6 +198,10 @@ def _checked(config: DictConfig) -> DictConfig:
         raise UserError("the run has no end: give train.max_steps or train.max_epochs")
     if config.hardware.devices * config.hardware.nodes > 1 and config.hardware.strategy == "auto":
         raise UserError("more than one process needs hardware.strategy=ddp")
+    for key in sorted(config.model.keys() & config.data.keys()):
+        ours, theirs = config.model[key], config.data[key]
+        if not OmegaConf.is_config(ours) and ours != theirs:
+            raise UserError(f"model.{key}={ours} and data.{key}={theirs} must be the same")
     accumulation(config)
     return config
 

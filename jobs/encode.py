@@ -1,9 +1,15 @@
-"""`medsynth encode`: a data set's latents, computed once."""
+"""`medsynth encode`: a data set's latents and text, computed once."""
 
-import json
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import click
+
+from medsynth.errors import UserError
 
 
 @click.command()
@@ -14,82 +20,215 @@ import click
 @click.option(
     "--variants", type=click.IntRange(1), default=1, show_default=True, help="Augmented variants of each sample."
 )
-@click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True, help="Pictures encoded at once.")
-def main(config: tuple[str, ...], out: Path, variants: int, batch_size: int) -> None:
+@click.option(
+    "--batch-size", type=click.IntRange(1), default=64, show_default=True, help="Pictures a process encodes at once."
+)
+@click.option("--shard-rows", type=click.IntRange(1), default=1024, show_default=True, help="Samples of a file.")
+def main(config: tuple[str, ...], out: Path, variants: int, batch_size: int, shard_rows: int) -> None:
     """Encode a data set once, so that training needs no encoder.
 
-    CONFIG is what `medsynth train` will be given. VARIANTS passes over the data are encoded as training would augment
-    them; training then goes round them.
+    CONFIG is what `medsynth train` will be given; hardware.devices and hardware.nodes share the work. VARIANTS passes
+    over the data are encoded as training would augment them; training then goes round them. An interrupted call goes on
+    where it was when it is repeated, and one with more variants adds them.
     """
     from jobs.config import load_arguments
 
-    encode(load_arguments(config), out, variants, batch_size)
+    encode(load_arguments(config), out, variants, batch_size, shard_rows)
 
 
-def encode(config, out: Path, variants: int = 1, batch_size: int = 64) -> None:
-    """Write `out` as datamodules/cached.py reads it; an existing cache is replaced when the new one is whole."""
-    import torch
-    from safetensors.torch import save_file
+def encode(config, out: Path, variants: int = 1, batch_size: int = 64, shard_rows: int = 1024) -> None:
+    """Write `out` as datamodules/cached.py says, on all processes; shards that are there already are kept.
 
-    from datamodules.cached import LATENTS_FILE, MANIFEST_FILE, manifest
-    from jobs.runs import build_module, build_source, pick_device
+    Raises:
+        UserError: the method has no latents; weights, data or machine are not sound; `out` holds another cache.
+    """
+    from datamodules.base import undrawn
+    from datamodules.cached import TEXT, VALIDATION, CacheWriter, identity, variant_part
+    from jobs.runs import build_source
+
+    module = _build(config)
+    data, _ = build_source(config)
+    encoder, text = module.encoder_digest(), module.text_digest()
+    shared = {"shard_rows": shard_rows, "precision": config.hardware.precision}
+    if not undrawn(data.to_draw()):
+        CacheWriter(out, identity(data, encoder, text) | shared)  # refuse before other processes are started
+    fabric = _launch(config.hardware)
+    _draw(fabric, module.to(fabric.device).eval(), data, config.evaluation.batch_size)
+    writer = CacheWriter(out, identity(data, encoder, text) | shared)
+    if fabric.is_global_zero:
+        writer.begin()
+    fabric.barrier()
+
+    rows = {variant_part(k): len(data.training_set()) for k in range(variants)}
+    rows[VALIDATION] = len(data.validation_set())
+    captions = [] if text is None else data.all_captions()
+    rows |= {TEXT: len(captions)} if captions else {}
+    _write_shards(fabric, writer, rows, _Encoders(module, fabric.autocast, batch_size), data, captions)
+    fabric.barrier()
+    if fabric.is_global_zero:
+        writer.finish(rows)
+        click.echo(f"{', '.join(f'{length} {part}' for part, length in rows.items())} in {out}")
+
+
+def _build(config):
+    """The module with its encoders."""
+    from jobs.runs import build_module
     from lightning_modules.latent_diffusion import LatentDiffusion
-    from medsynth.errors import UserError
 
     module = build_module(config)
     if not isinstance(module, LatentDiffusion):
         raise UserError(
             f"method={config.method} learns from pictures; only a latent diffusion method has latents to encode"
         )
-    data, _ = build_source(config)
+    for weights in module.required_weights():
+        weights.require()
     module.configure_model()
-    module.to(pick_device("auto")).eval()
+    return module
 
-    training = data.training_set()
-    passes = [_Pictures(training, variant) for variant in range(variants)]
-    moments = [_encode_all(module, pictures, batch_size, f"variant {i}") for i, pictures in enumerate(passes)]
-    validation = _encode_all(module, data.validation_set(), batch_size, "validation")
 
-    out.mkdir(parents=True, exist_ok=True)
-    (out / MANIFEST_FILE).unlink(missing_ok=True)  # the manifest says that the latents are whole
-    tensors = {"training": torch.stack(moments), "validation": validation}
-    save_file({name: moments.contiguous() for name, moments in tensors.items()}, out / LATENTS_FILE)
-    described = manifest(data, module.encoder_digest(), variants)
-    (out / MANIFEST_FILE).write_text(json.dumps(described, indent=2) + "\n")
-    click.echo(f"{variants} × {len(training)} training and {len(validation)} validation latents in {out}")
+def _launch(hardware):
+    """This process as one of all that the config asks for; the others are started unless a launcher has."""
+    import logging
+    from datetime import timedelta
+
+    import lightning as L
+    import torch
+    from lightning.fabric.strategies import DDPStrategy
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    if hardware.threads:
+        torch.set_num_threads(hardware.threads)
+    for name in ("lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # All that the processes do together is wait, and that for as long as one of them takes.
+    together = DDPStrategy(process_group_backend="gloo", timeout=timedelta(days=7))
+    try:
+        fabric = L.Fabric(
+            accelerator=hardware.accelerator,
+            devices=hardware.devices,
+            num_nodes=hardware.nodes,
+            strategy=together if hardware.devices * hardware.nodes > 1 else "auto",
+            precision=hardware.precision,
+        )
+    except (MisconfigurationException, RuntimeError, ValueError) as error:
+        raise UserError(f"hardware: {str(error).strip().splitlines()[0]}") from None
+    fabric.launch()
+    return fabric
+
+
+def _draw(fabric, module, data, batch_size: int) -> None:
+    """Have all processes draw the class pictures that the data set lacks, as training would."""
+    from rich.progress import Progress
+
+    from callbacks.class_pictures import draw_missing
+
+    drawings = data.to_draw()
+    if not drawings:
+        return
+    with Progress(transient=True, disable=not fabric.is_global_zero) as progress, fabric.autocast():
+        task = progress.add_task("drawing class pictures")
+        draw_missing(
+            module, drawings, fabric.global_rank, fabric.world_size, batch_size,
+            lambda done, total: progress.update(task, completed=done, total=total),
+        )  # fmt: skip
+    fabric.barrier()
+    data.check()
+
+
+def _write_shards(fabric, writer, rows: dict[str, int], encoders: "_Encoders", data, captions: list[str]) -> None:
+    """Write this process's share of the shards, but for those that are there."""
+    from rich.progress import Progress
+    from torch.utils.data import DataLoader
+
+    from datamodules.cached import TEXT, cut
+
+    shards = [shard for part, length in rows.items() for shard in cut(part, length, writer.plan["shard_rows"])]
+    mine = shards[fabric.global_rank :: fabric.world_size]
+    with Progress(transient=True, disable=not fabric.is_global_zero) as progress:
+        missing = [s for s in progress.track(mine, description="looking at what is there") if not writer.keeps(s)]
+        pictures = [shard for shard in missing if shard.part != TEXT]
+        loader = DataLoader(_Pictures(data, pictures), batch_size=None, num_workers=data.config.workers)
+        stream = iter(loader)
+        task = progress.add_task("encoding", total=sum(rows.values()), completed=writer.finished_rows(shards))
+        for shard in missing:
+            if shard.part == TEXT:
+                shown = captions[shard.rows.start : shard.rows.stop]
+                writer.write(shard, encoders.text(shown), captions=shown)
+            else:
+                own = islice(stream, len(shard.rows))
+                writer.write(shard, encoders.moments(_counted(own, partial(progress.advance, task))))
+            progress.update(task, completed=writer.finished_rows(shards))  # the other processes' as well
+
+
+def _counted(items: Iterable, count: Callable[[], Any]) -> Iterator:
+    for item in items:
+        yield item
+        count()
 
 
 class _Pictures:
-    """Index -> the training sample as one pass augments it."""
+    """The pictures of shards, one after the other, each with a digest by which equal ones are known."""
 
-    def __init__(self, training, pass_: int):
-        self.training, self.pass_ = training, pass_
+    def __init__(self, data, shards: list):
+        self.training, self.validation = data.training_set(), data.validation_set()
+        self.rows = [(shard.part, index) for shard in shards for index in shard.rows]
 
     def __len__(self) -> int:
-        return len(self.training)
+        return len(self.rows)
 
-    def __getitem__(self, index: int):
-        return self.training.sample(self.pass_, index)[0]
+    def __getitem__(self, place: int) -> tuple[bytes, Any]:
+        from datamodules.cached import VALIDATION, variant_of
 
-
-def _encode_all(module, dataset, batch_size: int, title: str):
-    """float32 (n, 2C, h, w) moments of every picture, on the CPU."""
-    import torch
-    from rich.progress import track
-    from torch.utils.data import DataLoader
-
-    loader = DataLoader(dataset, batch_size, num_workers=2, collate_fn=_stack)
-    with torch.no_grad():
-        batches = [
-            module.encode_moments(b.to(module.device)).float().cpu() for b in track(loader, title, transient=True)
-        ]
-    return torch.cat(batches)
+        part, index = self.rows[place]
+        if part == VALIDATION:
+            picture = self.validation.sample(index).picture
+        else:
+            picture = self.training.sample(variant_of(part), index).picture
+        picture = picture.contiguous()
+        return hashlib.blake2b(picture.numpy(), digest_size=16).digest(), picture
 
 
-def _stack(samples):
-    import torch
+class _Encoders:
+    """What a module encodes with, `batch_size` at once, as a shard's tensors on the CPU."""
 
-    return torch.stack([s if torch.is_tensor(s) else s.images[0] for s in samples])
+    def __init__(self, module, autocast, batch_size: int):
+        self.module, self.autocast, self.batch_size = module, autocast, batch_size
+
+    def moments(self, pictures: Iterable[tuple[bytes, Any]]) -> dict[str, Any]:
+        """`moments` and `row` of pictures with their digests; each distinct picture is encoded once."""
+        import torch
+
+        places: dict[bytes, int] = {}
+        row, waiting, encoded = [], [], []
+        for digest, picture in pictures:
+            if digest not in places:
+                places[digest] = len(places)
+                waiting.append(picture)
+            row.append(places[digest])
+            if len(waiting) == self.batch_size:
+                encoded.append(self._encode(waiting))
+                waiting = []
+        if waiting:
+            encoded.append(self._encode(waiting))
+        return {"moments": torch.cat(encoded), "row": torch.tensor(row)}
+
+    def text(self, captions: list[str]) -> dict[str, Any]:
+        """`embeddings` and `mask` of captions."""
+        import torch
+
+        batches = [captions[i : i + self.batch_size] for i in range(0, len(captions), self.batch_size)]
+        with torch.no_grad(), self.autocast():
+            contexts = [self.module.embed(batch) for batch in batches]
+        return {
+            "embeddings": torch.cat([context.embeddings.float().cpu() for context in contexts]),
+            "mask": torch.cat([context.mask.cpu() for context in contexts]),
+        }
+
+    def _encode(self, pictures: list):
+        import torch
+
+        with torch.no_grad(), self.autocast():
+            return self.module.encode_moments(torch.stack(pictures).to(self.module.device)).float().cpu()
 
 
 if __name__ == "__main__":

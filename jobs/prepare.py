@@ -1,5 +1,6 @@
 """`medsynth prepare`: what has to be there before a run."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -7,7 +8,7 @@ import click
 
 @click.group()
 def main() -> None:
-    """Make phantom data, or fetch pretrained weights."""
+    """Make phantom data or depth maps, bring data into another layout, or fetch pretrained weights."""
 
 
 @main.group()
@@ -15,27 +16,115 @@ def phantom() -> None:
     """Draw a small synthetic data set with exactly known truth."""
 
 
+_IMAGES = click.option("--images", type=click.IntRange(1), default=400, show_default=True, help="Pictures to draw.")
+_SEED = click.option("--seed", type=int, default=0, show_default=True, help="The same seed gives the same bytes.")
+_SIZE = click.option(
+    "--size", type=click.IntRange(32, 1024), default=256, show_default=True, help="Side of the pictures, pixels."
+)
+_LAYOUT = click.Choice(["metadata", "folders", "pairs", "webdataset"])
+
+
 @phantom.command()
 @click.option(
     "--out", type=click.Path(path_type=Path), required=True, help="Folder to write, in the layout of MEDVQA-GI."
 )
-@click.option("--images", type=click.IntRange(1), default=400, show_default=True, help="Pictures to draw.")
-@click.option("--seed", type=int, default=0, show_default=True, help="The same seed gives the same bytes.")
-@click.option(
-    "--size", type=click.IntRange(32, 1024), default=256, show_default=True, help="Side of the pictures, pixels."
-)
+@_IMAGES
+@_SEED
+@_SIZE
 def colonoscopy(out: Path, images: int, seed: int, size: int) -> None:
     """Draw colonoscopy phantoms with prompts: mucosa, lumen, folds, polyps, instrument, text, box."""
-    from rich.progress import Progress
-
     from datamodules.phantoms import write_colonoscopy
+
+    _draw(out, images, lambda progress: write_colonoscopy(out, images, seed, size, progress))
+
+
+@phantom.command()
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@_IMAGES
+@_SEED
+@_SIZE
+@click.option(
+    "--layout", type=_LAYOUT, default="metadata", show_default=True, help="How the pictures and captions lie."
+)
+def hip(out: Path, images: int, seed: int, size: int, layout: str) -> None:
+    """Draw canine pelves, ventrodorsal view, with exact femoral heads, acetabular rims and Norberg angles."""
+    from datamodules.phantom_hip import write_hips
+
+    _draw(out, images, lambda progress: write_hips(out, images, seed, size, layout, progress))
+
+
+@phantom.command()
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@_IMAGES
+@_SEED
+@_SIZE
+@click.option("--dicom", is_flag=True, help="Write a third of the pictures as 16-bit PNG and a third as DICOM.")
+def chest(out: Path, images: int, seed: int, size: int, dicom: bool) -> None:
+    """Draw chest X-rays with lung nodules, their exact masks, and captions."""
+    from datamodules.phantom_chest import write_chest
+
+    _draw(out, images, lambda progress: write_chest(out, images, seed, size, progress, dicom))
+
+
+def _draw(out: Path, images: int, write: Callable[[Callable[[int], None]], bool]) -> None:
+    from rich.progress import Progress
 
     with Progress(transient=True) as progress:
         task = progress.add_task("drawing", total=images)
-        drawn = write_colonoscopy(out, images, seed, size, lambda done: progress.update(task, completed=done))
+        drawn = write(lambda done: progress.update(task, completed=done))
     click.echo(
         f"{images} pictures and their prompts in {out}" if drawn else f"{out} holds these {images} pictures already"
     )
+
+
+@main.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option("--to", "layout", type=_LAYOUT, required=True, help="Layout to write.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@click.option("--shard-size", type=click.IntRange(1), default=1000, show_default=True, help="Samples a shard.")
+@click.option(
+    "--from", "source_layout", type=click.Choice(["auto", *_LAYOUT.choices]), default="auto", show_default=True,
+    help="Layout of SOURCE; auto looks which it is.",
+)  # fmt: skip
+def convert(source: Path, layout: str, out: Path, shard_size: int, source_layout: str) -> None:
+    """Bring pictures with captions into another layout; the pictures' bytes stay what they are.
+
+    metadata: pictures and metadata.csv. folders: one folder a class. pairs: x.png beside x.txt. webdataset: tar shards,
+    one or more a class.
+    """
+    from rich.progress import Progress
+
+    from datamodules.layouts import convert
+
+    with Progress(transient=True) as progress:
+        task = progress.add_task("converting", total=None)
+        images = convert(
+            source, out, layout, shard_size, source_layout,
+            lambda done, total: progress.update(task, completed=done, total=total),
+        )  # fmt: skip
+    click.echo(f"{images} pictures in {out}, in the layout {layout}")
+
+
+@main.command()
+@click.argument("config", nargs=-1, required=True, metavar="CONFIG... [KEY=VALUE]...")
+def depth(config: tuple[str, ...]) -> None:
+    """Estimate the depth of CONFIG's pictures with data.depth_model, for `data.controls: [depth]`."""
+    from rich.progress import Progress
+
+    from jobs.config import instantiate, load_arguments
+    from jobs.registry import data_class
+    from lightning_modules.weights import Weights
+    from medsynth.errors import UserError
+
+    settings = instantiate(load_arguments(config), "data")
+    if getattr(settings, "depth_model", None) is None:
+        raise UserError("data.depth_model names no model; give the hub id or folder of a depth-estimation model")
+    model = Weights("data.depth_model", settings.depth_model).fetch()
+    data = data_class(settings.name)(settings)
+    with Progress(transient=True) as progress:
+        task = progress.add_task("estimating depth", total=None)
+        made = data.write_depth(model, lambda done, total: progress.update(task, completed=done, total=total))
+    click.echo(f"{made} depth maps written to {Path(settings.root) / settings.depth}")
 
 
 @main.command()

@@ -16,12 +16,19 @@ class Method(NamedTuple):
 
 
 METHODS = {
+    "stable_diffusion": Method(
+        "lightning_modules.stable_diffusion:StableDiffusion", "clip-sd-dreambooth-lora", "Stable Diffusion, fine-tuned"
+    ),
     "msdm_vae": Method("lightning_modules.msdm_vae:MSDMVAEModule", "kandinsky-msdm", "MSDM, stage 1: autoencoder"),
     "msdm": Method("lightning_modules.msdm:MSDM", "kandinsky-msdm", "MSDM, stage 2: latent diffusion with text"),
 }
 
 DATA = {
     "medvqa_gi": "datamodules.medvqa_gi:MedVQAGI",
+    "canine_hip": "datamodules.canine_hip:CanineHip",
+    "cytology": "datamodules.cytology:Cytology",
+    "chest_xray": "datamodules.chest_xray:ChestXRay",
+    "dreambooth": "datamodules.dreambooth:DreamBoothData",
 }
 
 

@@ -18,7 +18,7 @@ from rich.progress import Progress
 from callbacks.checkpoint import DurableCheckpointIO, newest_verified
 from callbacks.ema import load_ema_weights
 from datamodules.base import ImageDataModule
-from datamodules.cached import CachedLatents
+from datamodules.cached import Cache, CachedLatents
 from jobs.config import accumulation, instantiate, load_config, to_yaml
 from jobs.registry import data_class, method_class
 from lightning_modules.base import GenerativeModule
@@ -47,16 +47,25 @@ def build_source(config: DictConfig) -> tuple[ImageDataModule, dict[str, int]]:
 
 
 def build_data(config: DictConfig, module: GenerativeModule) -> tuple[ImageDataModule, dict[str, int]]:
-    """What training reads: pictures, or the latents that `data.latents` names; and the counts.
-
-    module: built, since latents belong to its encoder.
-    """
+    """What training reads: pictures, or the latents that `data.latents` names; and the counts."""
     source, counts = build_source(config)
     if config.data.latents is None:
         return source, counts
-    if not isinstance(module, LatentDiffusion):
-        raise UserError(f"data.latents: method={config.method} learns from pictures; leave the key out")
-    return CachedLatents(source, module.encoder_digest()), counts
+    cache = _open_cache(config, module)
+    return CachedLatents(source, cache, module.encoder_digest(), module.text_digest()), counts
+
+
+def use_cache(config: DictConfig, module: GenerativeModule) -> None:
+    """Where `data.latents` names a cache, let the module, which is not yet built, do without its encoders.
+
+    For training alone: what is drawn of other prompts later needs the text encoder.
+
+    Raises:
+        UserError: there is no whole cache. Whether it fits is for `build_data` to say.
+    """
+    if config.data.latents is not None:
+        cache = _open_cache(config, module)
+        module.use_cache(None if module.text_digest() is None else cache.text())
 
 
 def write_config(config: DictConfig) -> None:
@@ -125,6 +134,12 @@ def pick_device(name: str) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+
+
+def _open_cache(config: DictConfig, module: GenerativeModule) -> Cache:
+    if not isinstance(module, LatentDiffusion):
+        raise UserError(f"data.latents: method={config.method} learns from pictures; leave the key out")
+    return Cache(Path(config.data.latents))
 
 
 def _refuse_another_run(config: DictConfig, old: DictConfig, run_dir: Path) -> None:

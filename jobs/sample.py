@@ -1,6 +1,8 @@
-"""`medsynth sample`: pictures for a list of prompts."""
+"""`medsynth sample`: pictures for prompts, or for what a run validates with."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 
@@ -9,12 +11,10 @@ from medsynth.errors import UserError
 
 @click.command()
 @click.argument("run_dir", metavar="RUN", type=click.Path(path_type=Path))
-@click.option(
-    "--prompts",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="CSV file with a column Prompt; one picture a row.",
-)
+@click.option("--prompts", type=click.Path(path_type=Path), help="CSV file with a column Prompt; one picture a row.")
+@click.option("--prompt", help="One prompt, for --count pictures.")
+@click.option("--count", type=click.IntRange(1), default=1, show_default=True, help="Pictures of --prompt.")
+@click.option("--validation", type=click.IntRange(1), help="Pictures for prompts and controls of the validation split.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the pictures, 000000.png on.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Fixes the noise of every picture.")
 @click.option("--steps", type=click.IntRange(1), help="Denoising steps. [default: the run's]")
@@ -25,42 +25,79 @@ from medsynth.errors import UserError
 )
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1 …")
 def main(
-    run_dir: Path, prompts: Path, out: Path, seed: int, steps, guidance, batch_size: int, checkpoint, device
-) -> None:
-    """Draw one picture for each row of a CSV file of prompts.
+    run_dir: Path, prompts: Path | None, prompt: str | None, count: int, validation: int | None, out: Path, seed: int,
+    steps: int | None, guidance: float | None, batch_size: int, checkpoint: str, device: str,
+) -> None:  # fmt: skip
+    """Draw pictures of prompts: each row of a CSV file, one prompt several times, or those that the run validates with.
 
-    RUN is the directory of a training run. Pictures are PNG files that say in their text fields which prompt, seed and
-    method made them, and that they are synthetic. Pictures that exist are kept, so an interrupted call can be repeated.
+    RUN is the directory of a training run. What a ControlNet is steered by comes with --validation. Pictures are PNG
+    files that say in their text fields which prompt, seed and method made them, and that they are synthetic. Pictures
+    that exist are kept, so an interrupted call can be repeated.
     """
-    import torch
-    from rich.progress import track
-
-    from datamodules.base import Conditions, derive_seed
-    from datamodules.tables import drop_bad_rows, read_table
+    if sum(given is not None for given in (prompts, prompt, validation)) != 1:
+        raise UserError("give one of --prompts FILE, --prompt TEXT and --validation COUNT")
     from jobs.runs import load_run, pick_device
-    from metrics.images import quantise
 
-    table = read_table(prompts, ("Prompt",), "--prompts")
-    drop_bad_rows([table], "fail")
-    captions = [row["Prompt"] for row in table.rows.values()]
+    listed = None if prompts is None else _read_prompts(prompts)
     module, config = load_run(run_dir, checkpoint)
     if "captions" not in module.supports.conditions:
         raise UserError(f"{run_dir}: {config.method} draws no pictures for prompts")
     module.to(pick_device(device))
+    asked = _validation(config, validation) if validation else _words(listed or [prompt] * count)
     facts = {"method": config.method, "steps": str(steps or "default"), "guidance": str(guidance or "default")}
-    texts = [facts | {"prompt": caption, "seed": str(seed), "row": str(i)} for i, caption in enumerate(captions)]
+    texts = [facts | {"prompt": caption, "seed": str(seed), "row": str(i)} for i, caption in enumerate(asked.captions)]
     missing = [i for i, text in enumerate(texts) if not _exists(out / f"{i:06d}.png", text)]
     out.mkdir(parents=True, exist_ok=True)
-    click.echo(f"{len(captions) - len(missing)} of {len(captions)} pictures are there already")
+    click.echo(f"{len(texts) - len(missing)} of {len(texts)} pictures are there already")
+
+    def draw(rows: list[int], seeds: list[int]):
+        return module.sample(asked.rows(rows).to(module.device), seeds, steps=steps, guidance=guidance)
+
+    _draw(draw, missing, batch_size, seed, out, texts)
+    click.echo(f"{len(texts)} pictures in {out}")
+
+
+class _Asked(NamedTuple):
+    """The caption of each picture, and row numbers -> their `Conditions`: controls are read by the batch."""
+
+    captions: list[str]
+    rows: Callable
+
+
+def _read_prompts(path: Path) -> list[str]:
+    from datamodules.tables import drop_bad_rows, read_table
+
+    table = read_table(path, ("Prompt",), "--prompts")
+    drop_bad_rows([table], "fail")
+    return [row["Prompt"] for row in table.rows.values()]
+
+
+def _words(captions: list[str]) -> _Asked:
+    from datamodules.base import Conditions
+
+    return _Asked(captions, lambda rows: Conditions([captions[i] for i in rows]))
+
+
+def _validation(config, count: int) -> _Asked:
+    from jobs.runs import build_source
+
+    data, _ = build_source(config)
+    return _Asked([data.evaluation_conditions([i]).captions[0] for i in range(count)], data.evaluation_conditions)
+
+
+def _draw(draw: Callable, missing: list[int], batch_size: int, seed: int, out: Path, texts: list[dict]) -> None:
+    import torch
+    from rich.progress import track
+
+    from datamodules.base import derive_seed
+    from metrics.images import quantise
 
     chunks = [missing[i : i + batch_size] for i in range(0, len(missing), batch_size)]
     for rows in track(chunks, "sampling", transient=True):
-        seeds = [derive_seed(seed, "sample", i) for i in rows]
         with torch.no_grad():
-            images = module.sample(Conditions([captions[i] for i in rows]), seeds, steps=steps, guidance=guidance)
+            images = draw(rows, [derive_seed(seed, "sample", i) for i in rows])
         for i, pixels in zip(rows, quantise(images).cpu(), strict=True):
             _write(pixels, out / f"{i:06d}.png", texts[i])
-    click.echo(f"{len(captions)} pictures in {out}")
 
 
 def _exists(path: Path, texts: dict[str, str]) -> bool:

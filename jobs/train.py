@@ -55,7 +55,7 @@ def train(config):
     from callbacks.checkpoint import newest_verified
     from callbacks.evaluation import Evaluation
     from jobs.config import instantiate
-    from jobs.runs import build_data, build_module, find_checkpoint, load_weights, write_config
+    from jobs.runs import build_data, build_module, find_checkpoint, load_weights, use_cache, write_config
     from jobs.summary import print_summary
     from jobs.tracking import RunTracker, run_facts, ui_command
 
@@ -69,8 +69,11 @@ def train(config):
     _check_support(config, module)
     for weights in module.required_weights():
         weights.require()
+    use_cache(config, module)
     module.configure_model()
     data, counts = build_data(config, module)
+    if config.hardware.compile:
+        module.compile()
     run_dir = Path(config.run_dir)
     evaluation = Evaluation(instantiate(config, "evaluation"), run_dir, config.seed)
 
@@ -117,6 +120,7 @@ def _build_trainer(config, evaluation, tracker):
     from lightning.pytorch.callbacks import LearningRateMonitor
 
     from callbacks.checkpoint import DurableCheckpointIO, build_checkpoints
+    from callbacks.class_pictures import ClassPictures
     from callbacks.ema import EMA
     from callbacks.progress import RunProgress, Throughput
     from jobs.config import accumulation, instantiate
@@ -124,6 +128,7 @@ def _build_trainer(config, evaluation, tracker):
     train, hardware = config.train, config.hardware
     throughput = Throughput(train.global_batch_size)
     callbacks = [throughput, RunProgress(throughput), LearningRateMonitor("step"), evaluation]
+    callbacks.append(ClassPictures(config.evaluation.batch_size))
     if config.ema.decay:
         callbacks.insert(0, EMA(instantiate(config, "ema")))
     callbacks += build_checkpoints(instantiate(config, "checkpoint"), Path(config.run_dir) / "checkpoints")
@@ -135,6 +140,7 @@ def _build_trainer(config, evaluation, tracker):
         num_nodes=hardware.nodes,
         strategy=_strategy(hardware.strategy),
         precision=hardware.precision,
+        plugins=[DurableCheckpointIO()],
         max_steps=train.max_steps or -1,
         max_epochs=train.max_epochs if train.max_epochs else -1,
         accumulate_grad_batches=micro_batches,
@@ -146,7 +152,6 @@ def _build_trainer(config, evaluation, tracker):
         use_distributed_sampler=False,  # the DataModules deal the samples out themselves
         callbacks=callbacks,
         logger=tracker,
-        plugins=[DurableCheckpointIO()],
         enable_model_summary=False,
         default_root_dir=config.run_dir,
     )

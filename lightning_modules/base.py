@@ -88,6 +88,23 @@ class GenerativeModule(L.LightningModule, ABC):
         """Pretrained weights that `build` reads."""
         return []
 
+    def drawing_facts(self) -> dict[str, Any]:
+        """What a picture of the untrained model depends on beside its prompt and seed, by name; plain JSON.
+
+        Raises:
+            UserError: the method does not begin with a generator that can draw.
+        """
+        raise UserError(f"{type(self).__name__} can draw nothing before it is trained; set data.class_pictures=0")
+
+    def averaged_modules(self) -> dict[str, nn.Module]:
+        """Networks that training changes without optimising them (a target network), by attribute name: saved too."""
+        return {}
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """`torch.compile` the networks that each step runs, in place: names of weights and hooks stay."""
+        for network in (self.trainable_modules() | self.averaged_modules()).values():
+            network.compile(*args, **kwargs)
+
     def preview(self, batch: ImageBatch, seeds: list[int]) -> tuple[Tensor, list[str]]:
         """What shows a person how good the model is at a validation batch: pictures (n, 3, H, W) and n captions."""
         return self.sample(batch.conditions, seeds), batch.conditions.captions or [""] * len(batch)
@@ -102,15 +119,28 @@ class GenerativeModule(L.LightningModule, ABC):
             self._freeze_the_rest()
             self._built = True
 
+    def setup(self, stage: str) -> None:
+        """Hold frozen weights in the type that mixed precision computes in: half the memory, no cast at each step."""
+        self.configure_model()
+        dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(self.trainer.precision))
+        if dtype is None:
+            return
+        averaged = {id(p) for module in self.averaged_modules().values() for p in module.parameters()}
+        for parameter in self.parameters():
+            if not parameter.requires_grad and id(parameter) not in averaged:
+                parameter.data = parameter.data.to(dtype)
+
     @final
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
-        # Dropout draws from the global generator: tie it to the batch, so that a resumed run repeats it.
-        torch.manual_seed(max(0, int(batch.seeds[0])))
+        _seed(max(0, int(batch.seeds[0])), self.device)
         losses = self.losses(batch)
         detached = {f"train/{name}": value.detach() for name, value in losses.items()}
         self.log_dict(detached, batch_size=len(batch), on_step=True, on_epoch=False)
-        self.log("loss", losses["loss"].detach(), batch_size=len(batch), prog_bar=True, logger=False)
         return losses["loss"]
+
+    def transfer_batch_to_device(self, batch: ImageBatch, device: torch.device, dataloader_idx: int) -> ImageBatch:
+        """From page-locked memory without waiting for the copy: the device is still busy with the step before."""
+        return batch.to(device, non_blocking=device.type == "cuda")
 
     @final
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
@@ -124,13 +154,12 @@ class GenerativeModule(L.LightningModule, ABC):
         return configure_optimizers(self.config.optim, self.trainable_modules(), total_steps)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        prefixes = tuple(f"{name}." for name in self.trainable_modules())
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k.startswith(prefixes)}
+        saved = self.saved_names()
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in saved}
         checkpoint["config"] = asdict(self.config)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        expected = {f"{name}.{key}" for name, module in self.trainable_modules().items() for key in module.state_dict()}
-        given = set(checkpoint["state_dict"])
+        expected, given = self.saved_names(), set(checkpoint["state_dict"])
         if expected != given:
             key = sorted(expected ^ given)[0]
             raise UserError(
@@ -139,6 +168,13 @@ class GenerativeModule(L.LightningModule, ABC):
             )
         if self._trainer is not None and self.trainer.datamodule is not None:  # resuming, not only reading weights
             self.trainer.datamodule.rescale_progress(checkpoint)
+
+    def saved_names(self) -> set[str]:
+        """Names in the state dict that training changes: not the frozen weights around an adapter."""
+        frozen = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
+        trained = {f"{name}.{key}" for name, module in self.trainable_modules().items() for key in module.state_dict()}
+        averaged = {f"{name}.{key}" for name, module in self.averaged_modules().items() for key in module.state_dict()}
+        return trained - frozen | averaged
 
     def _freeze_the_rest(self) -> None:
         trainable = {id(p) for module in self.trainable_modules().values() for p in module.parameters()}
@@ -154,6 +190,14 @@ class GenerativeModule(L.LightningModule, ABC):
             for module in self.trainable_modules().values():
                 module.train(mode)
         return self
+
+
+def _seed(seed: int, device: torch.device) -> None:
+    """Tie dropout, which draws from the global generators, to the batch, so that a resumed run repeats it."""
+    # Not torch.manual_seed: that notes the whole call stack for each kind of device that is not there, 1 ms a step.
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)
 
 
 def count_parameters(module: GenerativeModule) -> tuple[int, int]:

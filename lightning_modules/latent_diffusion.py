@@ -1,20 +1,35 @@
-"""What all methods with a frozen picture encoder, a frozen text encoder and a trained denoiser share."""
+"""What all methods with a frozen picture encoder, a text encoder and a trained denoiser share."""
 
 from abc import abstractmethod
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, LCMScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from datamodules.base import Conditions, ImageBatch
 from lightning_modules.base import GenerativeModule, to_image_range
-from lightning_modules.diffusion import SampleRandom, add_noise, alphas_cumprod, guide, scaled_linear_betas
+from lightning_modules.diffusion import (
+    SampleRandom,
+    add_noise,
+    alphas_cumprod,
+    guide,
+    scaled_linear_betas,
+    zero_terminal_snr,
+)
 from medsynth.errors import UserError
 
-SAMPLERS = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler}
+CachedText = Callable[[list[str]], tuple[Tensor, Tensor]]
+
+SAMPLERS = {
+    "ddpm": DDPMScheduler,
+    "ddim": DDIMScheduler,
+    "dpm++": DPMSolverMultistepScheduler,
+    "lcm": LCMScheduler,
+}
 
 
 @dataclass(frozen=True)
@@ -27,6 +42,8 @@ class NoiseConfig:
     """Variance added at the first step."""
     beta_end: float = 0.02
     """Variance added at the last step."""
+    zero_terminal_snr: bool = False
+    """Rescale the betas so that the last step is pure noise (Lin et al. 2023); predict v or the sample then."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +51,7 @@ class SamplerConfig:
     """How pictures are drawn unless the caller says otherwise."""
 
     name: str = "ddim"
-    """ddpm, ddim or dpm++ (second-order multistep), all from diffusers."""
+    """ddpm, ddim, dpm++ (second-order multistep), or lcm for a consistency model; all from diffusers."""
     steps: int = 150
     """Denoising steps."""
     guidance: float = 4.5
@@ -56,10 +73,23 @@ class LatentDiffusionConfig:
 
 
 class Context(NamedTuple):
-    """Text for the denoiser: embeddings (n, L, D) and mask bool (n, L), True on real tokens."""
+    """What the denoiser is told beside the latents.
+
+    embeddings: (n, L, D) of the text. mask: bool (n, L), True on real tokens. control: (n, C, H, W) in [0, 1], or None.
+    """
 
     embeddings: Tensor
     mask: Tensor
+    control: Tensor | None = None
+
+
+class Noised(NamedTuple):
+    """Latents on their way: z_t (n, C, h, w) is z_0 with `noise` added up to the steps t, int64 (n,)."""
+
+    z_t: Tensor
+    t: Tensor
+    noise: Tensor
+    z_0: Tensor
 
 
 class Denoised(NamedTuple):
@@ -79,12 +109,27 @@ class LatentDiffusion(GenerativeModule):
     z_BChw are latents normalised for the denoiser; pictures stay in [0, 1].
     """
 
+    prediction = "epsilon"  # what the denoiser predicts: epsilon, v_prediction or sample (diffusers' names)
+    cached = False  # whether training reads latents from a cache
+    guidance_is_input = False  # whether the denoiser takes the guidance itself, and needs no unconditional half
+
     def __init__(self, config: LatentDiffusionConfig):
         super().__init__(config)
         noise = config.noise
         betas = scaled_linear_betas(noise.beta_start, noise.beta_end, noise.steps)
+        if noise.zero_terminal_snr:
+            betas = zero_terminal_snr(betas)
         self.register_buffer("betas", betas, persistent=False)
         self.register_buffer("alpha_bar", alphas_cumprod(betas), persistent=False)
+        self.cached_text: CachedText | None = None
+
+    def use_cache(self, text: CachedText | None) -> None:
+        """Before `build`: training reads latents, so that no picture encoder is kept; and text, where there is some.
+
+        text: the embeddings and masks of captions, on the CPU, in the text encoder's place.
+        """
+        self.cached = True
+        self.cached_text = text
 
     @abstractmethod
     def encode_moments(self, images: Tensor) -> Tensor:
@@ -100,23 +145,21 @@ class LatentDiffusion(GenerativeModule):
 
     @abstractmethod
     def embed(self, captions: list[str]) -> Context:
-        """Text for the denoiser; an empty caption is the unconditional one."""
+        """Text for the denoiser, on the module's device; an empty caption is the unconditional one."""
 
     @abstractmethod
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, h, w) of the latents that `sample` starts from."""
 
     @abstractmethod
-    def denoising_losses(
-        self, z_t: Tensor, noise: Tensor, t: Tensor, z_0: Tensor, context: Context, seeds: Tensor
-    ) -> dict[str, Tensor]:
-        """The losses of one denoising step; see `losses`."""
+    def latent_losses(self, z_0: Tensor, random: SampleRandom, batch: ImageBatch) -> dict[str, Tensor]:
+        """The losses (see `losses`) of latents (n, C, h, w), with the batch's own random numbers."""
 
     @abstractmethod
     def denoise(
         self, z_t: Tensor, t: Tensor, context: Context, self_condition: Tensor | None, guidance: float
     ) -> Denoised:
-        """Predict the noise in z_t at steps t (n,).
+        """The denoiser's answer to z_t at steps t (n,), as the scheduler takes it.
 
         With guidance ≠ 1, `context` holds the n unconditional rows before the n conditional ones. `self_condition` is
         the `original` of the step before, None at the first.
@@ -124,18 +167,41 @@ class LatentDiffusion(GenerativeModule):
 
     @abstractmethod
     def encoder_digest(self) -> str:
-        """Digest of the weights that `encode_moments` uses, as a cache of latents is known by."""
+        """Digest of what `encode_moments` computes with, by which a cache knows its latents; needs no `build`."""
+
+    @abstractmethod
+    def text_digest(self) -> str | None:
+        """Digest of what `embed` computes with, likewise; None where the text encoder learns."""
 
     def losses(self, batch: ImageBatch) -> dict[str, Tensor]:
         random = SampleRandom(batch.seeds, self.device)
-        with torch.no_grad():
-            moments = batch.latents if batch.latents is not None else self.encode_moments(batch.images)
-            z_0 = self.normalise(moments, random.normal(moments.shape[1] // 2, *moments.shape[2:]))
-            context = self.embed(batch.conditions.captions)
+        return self.latent_losses(self.latents(batch, random), random, batch)
+
+    @torch.no_grad()
+    def latents(self, batch: ImageBatch, random: SampleRandom) -> Tensor:
+        """z_0 (n, C, h, w): the posterior of pictures, or of their cached moments, sampled anew."""
+        moments = batch.latents if batch.latents is not None else self.encode_moments(batch.images)
+        return self.normalise(moments, random.normal(moments.shape[1] // 2, *moments.shape[2:]))
+
+    def diffuse(self, z_0: Tensor, random: SampleRandom) -> Noised:
+        """Latents with noise of a random step added to each."""
         noise = random.normal(*z_0.shape[1:])
         t = random.integers(len(self.betas))
-        z_t = add_noise(z_0, noise, t, self.alpha_bar)
-        return self.denoising_losses(z_t, noise, t, z_0, context, batch.seeds)
+        return Noised(add_noise(z_0, noise, t, self.alpha_bar), t, noise, z_0)
+
+    def context_of(self, batch: ImageBatch) -> Context:
+        """What the denoiser is told of a training batch, its text from the cache where it travels along."""
+        if batch.text_embeddings is None:
+            return self.condition(batch.conditions)
+        return self.steer(Context(batch.text_embeddings, batch.text_mask), batch.conditions)
+
+    def condition(self, conditions: Conditions) -> Context:
+        """What the denoiser is told for these conditions."""
+        return self.steer(self.embed(conditions.captions), conditions)
+
+    def steer(self, text: Context, conditions: Conditions) -> Context:
+        """The text's context with all else that the conditions say."""
+        return text._replace(control=conditions.control)
 
     @torch.no_grad()
     def sample(
@@ -145,7 +211,13 @@ class LatentDiffusion(GenerativeModule):
         scheduler = self.scheduler()
         scheduler.set_timesteps(steps or self.config.sampler.steps, device=self.device)
         captions = conditions.captions or [""] * len(seeds)
-        context = self.embed(captions if guidance == 1 else [""] * len(seeds) + captions)
+        control = conditions.control
+        if (
+            guidance != 1 and not self.guidance_is_input
+        ):  # the unconditional half is told no words, but has the same control
+            captions = [""] * len(seeds) + captions
+            control = None if control is None else torch.cat([control, control])
+        context = self.condition(replace(conditions, captions=captions, labels=None, control=control))
         # One generator an image, on the CPU, so that a picture depends on neither batch nor device.
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         z = randn_tensor((len(seeds), *self.latent_shape()), generator=generators, device=self.device)
@@ -163,7 +235,8 @@ class LatentDiffusion(GenerativeModule):
         # Trailing steps start at the noisiest one (Lin et al. 2023, "Common diffusion noise schedules are flawed").
         common = {"beta_start": noise.beta_start, "beta_end": noise.beta_end, "num_train_timesteps": noise.steps}
         common |= {"beta_schedule": "scaled_linear", "timestep_spacing": "trailing"}
-        own = {"ddpm": {"clip_sample": False}, "ddim": {"clip_sample": False}, "dpm++": {}}[name]
+        common |= {"prediction_type": self.prediction, "rescale_betas_zero_snr": noise.zero_terminal_snr}
+        own = {} if name == "dpm++" else {"clip_sample": False}
         return SAMPLERS[name](**common, **own)
 
 

@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from datamodules.base import ImageBatch
 from lightning_modules.base import Supports, to_model_range
 from lightning_modules.diffusion import (
+    SampleRandom,
     gaussian_kl,
     interpolated_log_variance,
     posterior_log_variance,
@@ -24,6 +26,8 @@ from lightning_modules.optim import OptimConfig
 from lightning_modules.text import TextEncoder, TextEncoderConfig
 from lightning_modules.weights import RANDOM, Weights, made_here
 from medsynth.errors import UserError
+
+_TEXT = "model.text_encoder.source"
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,8 @@ class MSDMConfig(LatentDiffusionConfig):
             raise UserError(f"model.loss={self.loss} is not known; use l1 or l2")
         if not 0 <= self.self_conditioning <= 1:
             raise UserError(f"model.self_conditioning={self.self_conditioning} is a share: give 0 to 1")
+        if self.noise.zero_terminal_snr:
+            raise UserError("model.noise.zero_terminal_snr: MSDM predicts the noise, which pure noise says nothing of")
 
 
 class MSDM(LatentDiffusion):
@@ -87,7 +93,9 @@ class MSDM(LatentDiffusion):
     def build(self) -> None:
         config: MSDMConfig = self.config
         self.codec = self._codec()
-        self.text_encoder = TextEncoder(config.text_encoder)
+        if self.cached:
+            self.codec.drop_encoder()  # sampling decodes, nothing encodes
+        self.text_encoder = self.cached_text or TextEncoder(config.text_encoder)
         self.unet = MSDMUNet(
             in_channels=self.codec.config.latent_channels,
             widths=tuple(config.unet.widths),
@@ -105,7 +113,7 @@ class MSDM(LatentDiffusion):
 
     def required_weights(self) -> list[Weights]:
         source = self.config.text_encoder.source
-        return [] if source == RANDOM else [Weights("model.text_encoder.source", source)]
+        return [] if source == RANDOM else [Weights(_TEXT, source)]
 
     def trainable_modules(self) -> dict[str, nn.Module]:
         return {"unet": self.unet}
@@ -120,19 +128,23 @@ class MSDM(LatentDiffusion):
         return self.codec.decode_normalised(latents)
 
     def embed(self, captions: list[str]) -> Context:
-        return Context(*self.text_encoder(captions))
+        return Context(*(part.to(self.device) for part in self.text_encoder(captions)))
 
     def encoder_digest(self) -> str:
-        return self.codec.digest()
+        digest = Weights("model.vae", self.config.vae).digest()
+        return f"{digest} {self.config.codec}" if digest == RANDOM else digest
+
+    def text_digest(self) -> str:
+        return f"{Weights(_TEXT, self.config.text_encoder.source).digest()} {self.config.text_encoder}"
 
     def latent_shape(self) -> tuple[int, int, int]:
         side = self.config.resolution // self.codec.factor
         return self.codec.config.latent_channels, side, side
 
-    def denoising_losses(
-        self, z_t: Tensor, noise: Tensor, t: Tensor, z_0: Tensor, context: Context, seeds: Tensor
-    ) -> dict[str, Tensor]:
-        estimate = self._first_estimate(z_t, t, context, seeds)
+    def latent_losses(self, z_0: Tensor, random: SampleRandom, batch: ImageBatch) -> dict[str, Tensor]:
+        z_t, t, noise, _ = self.diffuse(z_0, random)
+        context = self.context_of(batch)
+        estimate = self._first_estimate(z_t, t, context, batch.seeds)
         output, coarse = self.unet(z_t, t, context.embeddings, context.mask, estimate)
         predicted, variance = self._split(output)
         # Halved at each lower resolution, summing to one.
@@ -171,8 +183,8 @@ class MSDM(LatentDiffusion):
         return scheduler
 
     def export(self, directory: Path) -> None:
-        self.codec.save(directory / "vae")
-        self.text_encoder.save_pretrained(directory)
+        self._codec().save(directory / "vae")
+        TextEncoder(self.config.text_encoder).save_pretrained(directory)
         self.scheduler().save_pretrained(directory / "scheduler")
         unet = directory / "unet"
         unet.mkdir(parents=True, exist_ok=True)
@@ -203,13 +215,14 @@ class MSDM(LatentDiffusion):
         estimate = torch.zeros_like(z_t)
         # The seeds are uniform in [0, 2^63): a sample's choice is its own, whatever its batch.
         chosen = (seeds.double() / 2**63 < share).nonzero().flatten().to(z_t.device)
-        if len(chosen) == 0:
-            return estimate
+        # Where the processes hold the weights in parts, all must run the network equally often: if need be in vain.
+        asked = chosen if len(chosen) else chosen.new_zeros(1)
         with torch.no_grad():
-            rows = Context(context.embeddings[chosen], context.mask[chosen])
-            output, _ = self.unet(z_t[chosen], t[chosen], rows.embeddings, rows.mask, estimate[chosen])
+            rows = Context(context.embeddings[asked], context.mask[asked])
+            output, _ = self.unet(z_t[asked], t[asked], rows.embeddings, rows.mask, estimate[asked])
             noise, _ = self._split(output)
-            estimate[chosen] = self._estimate(z_t[chosen], noise, t[chosen]).to(estimate.dtype)
+            guess = self._estimate(z_t[asked], noise, t[asked]).to(estimate.dtype)
+        estimate[chosen] = guess[: len(chosen)]
         return estimate
 
     def _estimate(self, z_t: Tensor, noise: Tensor, t: Tensor) -> Tensor:

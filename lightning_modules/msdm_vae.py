@@ -1,6 +1,5 @@
 """MSDM, first stage: the autoencoder whose latents the second stage learns (MMCP at MEDVQA-GI 2024, section 4.2)."""
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ from lightning_modules.base import GenerativeModule, Supports, to_image_range, t
 from lightning_modules.diffusion import SampleRandom
 from lightning_modules.nets.msdm_vae import MSDMVAE, MSDMVQVAE
 from lightning_modules.optim import OptimConfig
-from lightning_modules.perceptual import PerceptualLoss, vgg_url
+from lightning_modules.perceptual import PerceptualLoss, vgg_source
 from lightning_modules.weights import RANDOM, Weights
 from medsynth.errors import UserError
 
@@ -111,12 +110,10 @@ class LatentCodec(nn.Module):
         shift, scale = self._shift_and_scale()
         return self.net.decode(z_BChw * scale + shift)
 
-    def digest(self) -> str:
-        """SHA-256 of all weights."""
-        digest = hashlib.sha256()
-        for key, value in sorted(self.state_dict().items()):
-            digest.update(key.encode() + value.detach().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+    def drop_encoder(self) -> None:
+        """Keep only what normalises and decodes."""
+        for name in ("encoder", "to_latent" if self.config.quantised else "to_moments"):
+            setattr(self.net, name, None)
 
     def save(self, directory: Path) -> None:
         """Write `config.json` and `diffusion_pytorch_model.safetensors`."""
@@ -156,10 +153,10 @@ class MSDMVAEModule(GenerativeModule):
         self.codec = LatentCodec(config.codec)
         self.perceptual = None
         if config.perceptual_weight:
-            self.perceptual = PerceptualLoss(self._vgg_source())
+            self.perceptual = PerceptualLoss(vgg_source(self.config.perceptual_weights))
 
     def required_weights(self) -> list[Weights]:
-        source = self._vgg_source()
+        source = vgg_source(self.config.perceptual_weights)
         needed = self.config.perceptual_weight and source != RANDOM
         return [Weights("model.perceptual_weights", source)] if needed else []
 
@@ -226,10 +223,6 @@ class MSDMVAEModule(GenerativeModule):
         structural = _dissimilarity(y, target) if self.config.ssim_weight else absent
         share = y.numel() / x.numel()
         return share * pixel, share * perceptual, share * structural
-
-    def _vgg_source(self) -> str:
-        source = self.config.perceptual_weights
-        return vgg_url() if source == "torchvision" else source
 
 
 def _dissimilarity(y_BCHW: Tensor, x_BCHW: Tensor) -> Tensor:

@@ -52,6 +52,8 @@ def configure_optimizers(config: OptimConfig, modules: dict[str, nn.Module], tot
         weight_decay=config.weight_decay,
         fused=all(p.device.type in ("cpu", "cuda") for p in parameters),
     )
+    # Fused ones offer to unscale gradients themselves, and then Lightning refuses to clip in any mixed precision.
+    optimizer._step_supports_amp_scaling = False
     name = "constant_with_warmup" if config.schedule == "constant" and config.warmup_steps else config.schedule
     schedule = get_scheduler(name, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=total_steps)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

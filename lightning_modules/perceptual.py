@@ -9,8 +9,10 @@ from lightning_modules.weights import RANDOM, Weights
 from medsynth.errors import UserError
 
 
-def vgg_url() -> str:
-    """Where torchvision publishes the VGG-16 weights that LPIPS was calibrated on."""
+def vgg_source(name: str) -> str:
+    """Where VGG-16 comes from: for "torchvision" the URL of the weights that LPIPS was calibrated on, else `name`."""
+    if name != "torchvision":
+        return name
     from torchvision.models import VGG16_Weights
 
     return VGG16_Weights.IMAGENET1K_V1.url

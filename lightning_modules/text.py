@@ -1,4 +1,4 @@
-"""Frozen text encoders."""
+"""Text encoders, frozen unless a method trains them."""
 
 import warnings
 from dataclasses import dataclass
@@ -19,6 +19,8 @@ class TextEncoderConfig:
     """Hub id or local folder in the hub's layout; "random" makes a small fixed one with a tokenizer of its own."""
     max_tokens: int = 77
     """Prompts are cut or padded to this many tokens, start and end tokens among them."""
+    chunks: int = 1
+    """Windows of max_tokens that a prompt may fill, each encoded by itself; what goes beyond is cut with a warning."""
     width: int = 768
     """Width of the embeddings; for a pretrained encoder its own must agree."""
     layers: int = 12
@@ -32,22 +34,32 @@ class TextEncoderConfig:
 class TextEncoder(nn.Module):
     """Captions to token embeddings, without gradients."""
 
-    def __init__(self, config: TextEncoderConfig, key: str = "model.text_encoder.source"):
-        """Raises UserError that names `key` where the weights are absent or are no CLIP text encoder."""
+    def __init__(self, config: TextEncoderConfig, key: str = "model.text_encoder.source", attend_padding: bool = False):
+        """Load or make the encoder.
+
+        attend_padding: let padding take part in attention, as Stable Diffusion has it.
+
+        Raises:
+            UserError: the weights are absent or are no CLIP text encoder; `key` is named.
+        """
         super().__init__()
-        self.max_tokens = config.max_tokens
+        self.max_tokens, self.chunks, self.attend_padding = config.max_tokens, config.chunks, attend_padding
         self._memory: dict[str, tuple[Tensor, Tensor]] = {}
         self.tokenizer, self.model = _random(config) if config.source == RANDOM else _pretrained(config, key)
         self.model.requires_grad_(False).eval()
 
     def forward(self, captions: list[str]) -> tuple[Tensor, Tensor]:
-        """Embed n captions: float (n, max_tokens, width), and the mask bool (n, max_tokens), True on real tokens.
+        """Embed n captions: float (n, chunks · max_tokens, width), and the mask bool (n, …), True on real tokens.
 
-        The last 1,024 different captions are remembered: data sets say the same few hundred things over and over.
+        A frozen encoder remembers the last 1,024 different captions: data sets say the same few hundred things over and
+        over.
         """
+        if any(parameter.requires_grad for parameter in self.model.parameters()):
+            return self._embed(captions)
         new = sorted({caption for caption in captions if caption not in self._memory})
         if new:
-            self._memory |= dict(zip(new, zip(*self._embed(new), strict=True), strict=True))
+            with torch.no_grad():
+                self._memory |= dict(zip(new, zip(*self._embed(new), strict=True), strict=True))
         embeddings, masks = zip(*(self._memory[caption] for caption in captions), strict=True)
         for caption in list(self._memory)[: max(0, len(self._memory) - 1024)]:
             del self._memory[caption]
@@ -57,31 +69,37 @@ class TextEncoder(nn.Module):
         self._memory.clear()  # the weights move or change type
         return super()._apply(*args, **kwargs)
 
-    @torch.no_grad()
     def _embed(self, captions: list[str]) -> tuple[Tensor, Tensor]:
-        tokens = self.tokenizer(
-            captions, padding="max_length", max_length=self.max_tokens, truncation=True, return_tensors="pt"
+        ids = self.tokenizer(captions, add_special_tokens=False, verbose=False).input_ids
+        windows = [w for caption, own in zip(captions, ids, strict=True) for w in self._windows(caption, own)]
+        tokens = self.tokenizer.pad(
+            {"input_ids": windows}, padding="max_length", max_length=self.max_tokens, return_tensors="pt"
         ).to(self.model.device)
-        self._warn_if_cut(captions)
-        embeddings = self.model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
-        return embeddings, tokens.attention_mask.bool()
+        attended = None if self.attend_padding else tokens.attention_mask
+        embeddings = self.model(input_ids=tokens.input_ids, attention_mask=attended).last_hidden_state
+        length = self.chunks * self.max_tokens
+        mask = tokens.attention_mask.bool().reshape(len(captions), length)
+        return embeddings.reshape(len(captions), length, -1), mask
+
+    def _windows(self, caption: str, ids: list[int]) -> list[list[int]]:
+        """The token ids in `chunks` windows, each with start and end token, not padded."""
+        room = self.max_tokens - 2
+        if len(ids) > room * self.chunks:
+            warnings.warn(f"cut to {self.chunks * self.max_tokens} tokens: {caption!r}", stacklevel=4)
+        start, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        return [[start, *ids[i * room : (i + 1) * room], end] for i in range(self.chunks)]
 
     def save_pretrained(self, directory: Path) -> None:
         """Write `text_encoder/` and `tokenizer/` as transformers' `from_pretrained` reads them."""
         self.model.save_pretrained(directory / "text_encoder")
         self.tokenizer.save_pretrained(directory / "tokenizer")
 
-    def _warn_if_cut(self, captions: list[str]) -> None:
-        for caption in set(captions):
-            # A token has at least one character: short captions need no second look.
-            if len(caption) > self.max_tokens - 2 and len(self.tokenizer(caption).input_ids) > self.max_tokens:
-                warnings.warn(f"cut to {self.max_tokens} tokens: {caption!r}", stacklevel=3)
-
 
 def _pretrained(config: TextEncoderConfig, key: str):
     from transformers import AutoTokenizer, CLIPTextModel
 
     folder = Weights(key, config.source).require()
+    # A folder of its own, or one of a whole diffusers pipeline.
     parts = (folder / "tokenizer", folder / "text_encoder")
     tokenizer_folder, model_folder = parts if all(p.is_dir() for p in parts) else (folder, folder)
     try:
@@ -147,5 +165,9 @@ def _word_tokenizer():
         single=f"{specials[0]} $A {specials[1]}", special_tokens=[(specials[0], start), (specials[1], end)]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=specials[0], eos_token=specials[1], pad_token=specials[2]
+        tokenizer_object=tokenizer,
+        bos_token=specials[0],
+        eos_token=specials[1],
+        pad_token=specials[2],
+        model_max_length=77,  # without, pipelines cannot read an exported folder
     )

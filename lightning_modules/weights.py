@@ -1,5 +1,6 @@
 """Where pretrained weights come from: a hub id, a published URL, a local path, or nowhere ("random")."""
 
+import hashlib
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,9 @@ from medsynth.errors import UserError
 
 RANDOM = "random"
 """The source that means: made here from a fixed seed, nothing to load."""
+# Configs, tokenizers and safetensors; never pickles, nor the same weights for other frameworks.
+_HASHED = {".json", ".txt", ".safetensors"}
+_HUB_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")
 
 
 @contextmanager
@@ -26,11 +30,28 @@ def made_here() -> Iterator[None]:
 class Weights:
     """Pretrained weights that a method needs before it can train.
 
-    key: the config key that names them. source: hub id ("owner/name"), URL, local file or local folder.
+    key: the config key that names them. source: hub id ("owner/name"), URL, local file or local folder. files: patterns
+    of what to fetch of a hub's repository.
     """
 
     key: str
     source: str
+    files: tuple[str, ...] = _HUB_FILES
+
+    def digest(self, *parts: str) -> str:
+        """SHA-256 over the weights and configs in the folder, or in the folders `parts` of it; of "random", its name.
+
+        Raises:
+            UserError: the folder is absent.
+        """
+        if self.source == RANDOM:
+            return RANDOM
+        folder, digest = self.require(), hashlib.sha256()
+        files = [file for part in parts or (".",) for file in (folder / part).glob("*") if file.suffix in _HASHED]
+        for file in sorted(files):
+            with file.open("rb") as content:
+                digest.update(file.name.encode() + hashlib.file_digest(content, "sha256").digest())
+        return digest.hexdigest()
 
     @property
     def is_url(self) -> bool:
@@ -78,7 +99,7 @@ class Weights:
             return target
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(self.source, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(self.source, allow_patterns=list(self.files)))
 
     def _find_in_hub_cache(self) -> Path | None:
         from huggingface_hub import snapshot_download
@@ -88,7 +109,3 @@ class Weights:
             return Path(snapshot_download(self.source, local_files_only=True))
         except (LocalEntryNotFoundError, HFValidationError):
             return None
-
-
-# Configs, tokenizers and safetensors; never pickles, nor the same weights for other frameworks.
-_HUB_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]

@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from datamodules.phantom_chest import write_chest
+from datamodules.phantom_hip import write_hips
 from datamodules.phantoms import write_colonoscopy
+from tests.class_folders import write_classes
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -21,6 +24,30 @@ def phantom(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "phantom"
     write_colonoscopy(folder, images=40, seed=1, size=64)
     return folder
+
+
+class Phantoms(dict):
+    """A small phantom set of each data set, by its name in the registry, drawn when it is asked for."""
+
+    def __init__(self, folder: Path, **drawn: Path):
+        super().__init__(**drawn)
+        self.folder = folder
+
+    def __missing__(self, name: str) -> Path:
+        out = self.folder / name
+        write = {
+            "canine_hip": lambda: write_hips(out, images=24, seed=1, size=64),
+            "chest_xray": lambda: write_chest(out, images=24, seed=1, size=64),
+            "dreambooth": lambda: write_classes(out, class_pictures=3),
+        }
+        write[name]()
+        return self.setdefault(name, out)
+
+
+@pytest.fixture(scope="session")
+def phantoms(tmp_path_factory, phantom) -> Phantoms:
+    """`phantoms["chest_xray"]` is the folder of a phantom set of that kind."""
+    return Phantoms(tmp_path_factory.mktemp("phantoms"), medvqa_gi=phantom)
 
 
 @pytest.fixture

@@ -144,6 +144,21 @@ def test_a_picture_depends_on_its_row_not_on_the_batch(run, prompts, tmp_path):
     assert abs(a - b).max() <= 1
 
 
+def test_one_prompt_several_times_and_the_run_s_own_prompts(run, prompts, tmp_path):
+    from jobs.runs import build_source
+
+    medsynth("sample", run, "--prompt", "Generate an image with 1 polyp.", "--count", 2, "--out", tmp_path / "one")
+    first, second = (np.asarray(Image.open(tmp_path / f"one/00000{i}.png"), dtype=int) for i in range(2))
+    assert abs(first - second).max() > 1
+    medsynth("sample", run, "--validation", 3, "--out", tmp_path / "own")
+    data, _ = build_source(load_config([run / "config.yaml"]))
+    drawn = [Image.open(tmp_path / f"own/00000{i}.png").info["prompt"] for i in range(3)]
+    assert drawn == data.evaluation_conditions(3).captions
+    for several in ([], ["--prompt", "a", "--validation", 1]):
+        with pytest.raises(UserError, match="give one of --prompts FILE, --prompt TEXT and --validation COUNT"):
+            medsynth("sample", run, *several, "--out", tmp_path / "none")
+
+
 def test_sample_refuses_what_it_cannot_do(run, prompts, tmp_path):
     medsynth("sample", run, "--prompts", prompts, "--out", tmp_path / "out")
     with pytest.raises(UserError, match="was made with seed '0', not '1'"):
@@ -247,43 +262,6 @@ def test_prepare_weights_fetches_a_url_into_the_cache(tmp_path, monkeypatch):
         medsynth(
             "prepare", "weights", REPOSITORY / "configs/msdm_vae.yaml", f"model.perceptual_weights={damaged.as_uri()}"
         )
-
-
-# encode
-
-
-def test_training_on_cached_latents_has_the_uncached_loss(phantom, here):
-    from datamodules.base import collate
-    from jobs.encode import encode
-    from jobs.runs import build_data, build_module
-
-    config = load_config([TINY], [f"data.root={phantom}"])
-    encode(config, here / "latents", variants=2)
-    cached = load_config([TINY], [f"data.root={phantom}", "data.latents=latents"])
-    module = build_module(config)
-    module.configure_model()
-    module.eval()
-    plain, _ = build_data(config, module)
-    quick, _ = build_data(cached, module)
-    n = len(plain.training_set())
-    for position in (0, 5, n + 3):  # the second pass reads the second variant
-        a, b = (collate([d.training_set()[position + i] for i in range(3)]) for d in (plain, quick))
-        assert a.conditions.captions == b.conditions.captions
-        assert b.images is None
-        assert module.losses(a)["loss"].item() == pytest.approx(module.losses(b)["loss"].item(), abs=1e-5)
-    a, b = plain.validation_set()[1], quick.validation_set()[1]
-    assert module.losses(a)["loss"].item() == pytest.approx(module.losses(b)["loss"].item(), abs=1e-5)
-
-
-def test_a_stale_cache_is_refused_with_the_reason(phantom, here):
-    from jobs.encode import encode
-
-    encode(load_config([TINY], [f"data.root={phantom}"]), here / "latents")
-    for setting, reason in (("data.brightness=0.1", "data.brightness was 0.4 and is 0.1"), ("seed=5", "seed was 0")):
-        with pytest.raises(UserError, match="is stale") as caught:
-            medsynth("train", TINY, f"data.root={phantom}", "run_dir=run", "data.latents=latents", setting)
-        if setting.startswith("data"):
-            assert reason in str(caught.value)
 
 
 # the command line itself

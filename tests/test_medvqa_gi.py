@@ -57,7 +57,7 @@ def still(**config) -> dict:
 
 def training_captions(data: MedVQAGI, passes=1) -> list[str]:
     samples = data.training_set()
-    return [samples.caption(pass_, index) for pass_ in range(passes) for index in range(len(samples))]
+    return [samples.without_picture(pass_, index).caption for pass_ in range(passes) for index in range(len(samples))]
 
 
 def equal(first, second) -> bool:
@@ -232,10 +232,11 @@ def test_a_sample_is_a_function_of_seed_and_position(tmp_path):
 def test_augmentation_belongs_to_pass_and_index(tmp_path):
     samples = medvqa(write_set(tmp_path, pixels=RNG.integers(0, 256, (8, 20, 3)).astype(np.uint8))).training_set()
     for position in range(25):
-        picture, caption = samples.sample(*samples.stream(position))
-        assert torch.equal(samples[position].images[0], picture)
-        assert samples[position].conditions.captions == [caption] == [samples.caption(*samples.stream(position))]
-    assert not torch.equal(samples.sample(0, 3)[0], samples.sample(1, 3)[0])
+        sample = samples.sample(*samples.stream(position))
+        rest = samples.without_picture(*samples.stream(position))
+        assert torch.equal(samples[position].images[0], sample.picture) and rest.picture is None
+        assert samples[position].conditions.captions == [sample.caption] == [rest.caption]
+    assert not torch.equal(samples.sample(0, 3).picture, samples.sample(1, 3).picture)
 
 
 def test_random_crops_reach_both_ends(tmp_path):

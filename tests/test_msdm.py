@@ -203,7 +203,10 @@ def test_deep_supervision_weighs_each_resolution_half():
 
 
 def test_an_export_loads_with_the_public_libraries_and_draws_the_same_pictures(tmp_path):
-    module = tiny_msdm()
+    codec = tiny_msdm().codec
+    codec.save(tmp_path / "stage1")
+    module = tiny_msdm(vae=str(tmp_path / "stage1"))
+    module.codec.load_state_dict(codec.state_dict())
     module.export(tmp_path)
     scheduler = DDIMScheduler.from_pretrained(tmp_path / "scheduler")
     torch.testing.assert_close(scheduler.alphas_cumprod, module.alpha_bar, rtol=1e-4, atol=0)
@@ -340,7 +343,8 @@ def test_a_codec_comes_back_whole_and_damage_is_named(tmp_path):
     codec = vae().codec
     codec.save(tmp_path)
     again = LatentCodec.load(tmp_path, "model.vae")
-    assert again.digest() == codec.digest()
+    assert again.config == codec.config
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in codec.state_dict().items())
     weights, config = tmp_path / "diffusion_pytorch_model.safetensors", tmp_path / "config.json"
     for damaged, content in ((weights, weights.read_bytes()[:1000]), (config, b"{}"), (config, b"no json")):
         damaged.write_bytes(content)

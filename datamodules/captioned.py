@@ -1,0 +1,408 @@
+"""What every data set of pictures with captions shares: the split, the samples, and the check of every picture.
+
+A data set is a `CaptionedDataModule` that reads its tables (`_read`) and, where its pictures are no plain files or have
+masks, a `Pictures` that opens them.
+"""
+
+import hashlib
+import json
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from datamodules.base import Conditions, DataConfig, ImageBatch, ImageDataModule, Sample, SampleStream, derive_seed
+from datamodules.images import MOST_PIXELS, Geometry, check_header, jitter, random_flips, read_rgb
+from datamodules.tables import Table
+from medsynth.errors import UserError
+
+Progress = Callable[[int, int], None]
+
+_BLOCK = 1024  # pictures whose check is under way at once
+
+
+@dataclass
+class CaptionedConfig(DataConfig):
+    """How pictures are made square and varied, which are held out, and what becomes of bad ones."""
+
+    least_held_out: ClassVar[int] = 1
+
+    validation_images: int = 200
+    """Pictures, with all their prompts, that are held out for validation, drawn by seed."""
+    square: str = "crop"
+    """How a picture becomes square: `crop` takes the largest square, at random along the longer side in training and
+    from the centre elsewhere; `pad` keeps the whole picture between black bars."""
+    brightness: float = 0.0
+    """Strength s of the brightness jitter: a factor from U[max(0, 1 - s), 1 + s]; 0 = off."""
+    contrast: float = 0.0
+    """Strength of the contrast jitter, likewise."""
+    saturation: float = 0.0
+    """Strength of the saturation jitter, likewise. Hue is never changed: prompts speak of colours."""
+    prompt_dropout: float = 0.1
+    """Probability that a training sample's prompt is dropped, that is becomes "" and trains the unconditional model."""
+    flips: bool = False
+    """Flip horizontally and vertically, each with probability 0.5, the training samples whose caption is ""; never the
+    others: prompts speak of places."""
+    on_bad: str = "fail"
+    """Bad rows: `fail` lists them and stops; `skip` trains on the others."""
+    check: str = "all"
+    """What is looked at before training: `all` decodes every picture; `headers` reads only how large each is."""
+    max_pixels: int = 100_000_000
+    """Pixels beyond which a picture counts as damaged or hostile and is not decoded."""
+
+    def __post_init__(self):
+        self.require_choice(square=("crop", "pad"), on_bad=("fail", "skip"), check=("all", "headers"))
+        self.require_range(0, 1, "prompt_dropout")
+        for key in ("brightness", "contrast", "saturation"):
+            if getattr(self, key) < 0:
+                raise UserError(f"data.{key}={getattr(self, key)}: must not be negative")
+        for key, least in {"resolution": 1, "validation_images": self.least_held_out, "max_pixels": 1}.items():
+            if getattr(self, key) < least:
+                raise UserError(f"data.{key}={getattr(self, key)}: must be at least {least}")
+        if self.max_pixels > MOST_PIXELS:
+            raise UserError(f"data.max_pixels={self.max_pixels}: must be at most {MOST_PIXELS}")
+
+    def require_choice(self, **choices: Sequence[str]) -> None:
+        """Raise UserError unless each key has one of its choices."""
+        for key, allowed in choices.items():
+            if getattr(self, key) not in allowed:
+                raise UserError(f"data.{key}={getattr(self, key)}: must be one of {', '.join(allowed)}")
+
+    def require_range(self, lowest: float, highest: float, *keys: str) -> None:
+        """Raise UserError unless each key lies in [lowest, highest]."""
+        for key in keys:
+            if not lowest <= getattr(self, key) <= highest:
+                raise UserError(f"data.{key}={getattr(self, key)}: must lie between {lowest} and {highest}")
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A picture (the name that its `Pictures` opens it by), one of its prompts, and other wordings of that prompt.
+
+    is_prior: a class picture of a prior-preservation loss. label: class index, or None where there are no classes.
+    """
+
+    picture: str
+    prompt: str
+    paraphrases: tuple[str, ...] = ()
+    is_prior: bool = False
+    label: int | None = None
+
+
+class Pictures:
+    """The pictures below one folder, opened by their relative path.
+
+    It travels to the DataLoader's workers: a subclass that keeps files open leaves them out of its pickled state.
+    """
+
+    def __init__(self, folder: Path, config: CaptionedConfig):
+        self.folder, self.config = folder, config
+
+    def open_picture(self, name: str, least_side: int = 0) -> Tensor:
+        """uint8 (3, H, W); with `least_side` possibly at a fraction of its size, no side below it.
+
+        Raises:
+            UserError: one line, which begins with the file and says what is wrong with it.
+        """
+        return read_rgb(self.folder / name, self.config.max_pixels, least_side)
+
+    def check_picture(self, name: str) -> None:
+        """Raise the UserError of `open_picture`, as far as `data.check` looks."""
+        if self.config.check == "headers":
+            check_header(self.folder / name, str(self.folder / name), self.config.max_pixels)
+        else:
+            self.open_picture(name, 2 * self.config.resolution)
+
+    def sizes(self, name: str) -> list[int]:
+        """Bytes of each file that a sample of this picture is made of, for the fingerprint."""
+        return [(self.folder / name).stat().st_size]
+
+    def control(
+        self, name: str, geometry: Geometry, picture: Callable[[], Tensor], rng: np.random.Generator | None
+    ) -> Tensor | None:
+        """What steers the generation of this picture: float32 (C, R, R) in [0, 1], or None where nothing does.
+
+        geometry: of the picture, to `apply` to what belongs to it. picture: gives the picture, uint8 (3, R, R), after
+        `geometry` and before any jitter; it is read only where this is called. rng: for what training varies; None
+        where nothing is varied.
+        """
+        return None
+
+    def squared(self, name: str, geometry: Geometry) -> Tensor:
+        """The picture as uint8 (3, R, R)."""
+        return geometry.apply(self.open_picture(name, 2 * geometry.side))
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What `check` found.
+
+    train, val: pairs by split. pictures: what opens them. summary: counts by plain names. evaluation: prompts that
+    evaluation asks for instead of those of `val`.
+    """
+
+    train: list[Pair]
+    val: list[Pair]
+    pictures: Pictures
+    summary: dict[str, int]
+    evaluation: list[str] | None = None
+
+
+class CaptionedDataModule(ImageDataModule):
+    """Pairs of picture and prompt, split by picture so that no validation picture is ever trained on."""
+
+    Config = CaptionedConfig
+    config: CaptionedConfig
+    shaping: ClassVar[tuple[str, ...]] = ("resolution", "square")
+    """Config keys that change what reference pictures or prompts are, and so the fingerprint."""
+
+    def __init__(self, config: CaptionedConfig, seed: int = 0, batch_size: int = 1, accumulate: int = 1):
+        super().__init__(config, seed, batch_size, accumulate)
+        self._root = Path(config.root).expanduser()
+        self._found: Contents | None = None
+        self._fingerprint: str | None = None
+
+    @abstractmethod
+    def _read(self, on_progress: Progress | None) -> Contents:
+        """Read the tables and check every picture; `faults` and `split` do most of it.
+
+        Raises:
+            UserError: as `check`.
+        """
+
+    def setup(self, stage: str | None = None) -> None:
+        self.check()
+
+    def check(self, on_progress: Progress | None = None) -> dict[str, int]:
+        """Read the tables and look at every picture once; the first call does the work, later ones remember."""
+        if self._found is None:
+            self._found = self._read(on_progress)
+        return dict(self._found.summary)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of each picture's name, bytes and split, of all prompts, and of the config in `shaping`.
+
+        Bytes are counted, not read: a picture replaced by one of equal length goes unnoticed.
+        """
+        if self._fingerprint is None:
+            found = self._contents
+            splits = {"train": found.train, "val": found.val}
+            content = {
+                "pictures": {k: [(n, *found.pictures.sizes(n)) for n in picture_names(v)] for k, v in splits.items()},
+                "prompts": [(p.picture, p.prompt, p.paraphrases, p.is_prior) for p in [*found.train, *found.val]],
+                "evaluation": found.evaluation,
+                "config": [getattr(self.config, key) for key in self.shaping],
+            }
+            self._fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        return self._fingerprint
+
+    def training_set(self) -> "TrainingSet":
+        return TrainingSet(self._contents.train, self._contents.pictures, self.config, self.seed)
+
+    def validation_set(self) -> "ValidationSet":
+        return ValidationSet(self._contents.val, self._contents.pictures, self.config, self.seed)
+
+    def reference_set(self, split: str) -> "ReferenceSet":
+        """See `ImageDataModule`; class pictures of a prior are no reference."""
+        pairs = {"train": self._contents.train, "val": self._contents.val}
+        pairs["all"] = pairs["train"] + pairs["val"]
+        names = picture_names(pair for pair in pairs[split] if not pair.is_prior)
+        return ReferenceSet(names, self._contents.pictures, self.config)
+
+    def evaluation_conditions(self, rows: int | Sequence[int]) -> Conditions:
+        """Rows of one endless order, in which every prompt comes once before any comes again.
+
+        The prompts, and the control where there is one, are those of the validation pairs, unless there are prompts for
+        evaluation alone.
+        """
+        found, indices = self._contents, self._asked(range(rows) if isinstance(rows, int) else rows)
+        if found.evaluation:
+            return Conditions(captions=[found.evaluation[index] for index in indices])
+        validation = ValidationSet(found.val, found.pictures, self.config, self.seed)
+        samples = [validation.without_picture(index) for index in indices]
+        labels = [sample.label for sample in samples if sample.label is not None]
+        controls = [sample.control for sample in samples if sample.control is not None]
+        return Conditions(
+            captions=[sample.caption for sample in samples],
+            labels=torch.tensor(labels) if labels else None,
+            control=torch.stack(controls) if controls else None,
+        )
+
+    def paired_pictures(self, rows: Sequence[int]) -> Tensor:
+        found = self._contents
+        if found.evaluation:
+            return super().paired_pictures(rows)
+        reals = ReferenceSet([found.val[index].picture for index in self._asked(rows)], found.pictures, self.config)
+        return torch.stack([reals[i] for i in range(len(reals))])
+
+    def _asked(self, rows: Sequence[int]) -> list[int]:
+        """Which of its prompts, or else of the validation pairs, each row of evaluation's order is."""
+        found = self._contents
+        order = SampleStream(len(found.evaluation or found.val), derive_seed(self.seed, "evaluation"))
+        return [order(row)[1] for row in rows]
+
+    def all_captions(self) -> list[str]:
+        pairs = self._contents.train + self._contents.val
+        worded = {wording for pair in pairs for wording in (pair.prompt, *pair.paraphrases)}
+        return sorted(worded.union(self._contents.evaluation or (), [""]))
+
+    def write_split(self, run_dir: str) -> None:
+        """Write `split.json`: the seed and the sorted names of the pictures that train and that validate."""
+        found = self._contents
+        split = {"seed": self.seed, "train": picture_names(found.train), "val": picture_names(found.val)}
+        (Path(run_dir) / "split.json").write_text(json.dumps(split, indent=1) + "\n")
+
+    @property
+    def _contents(self) -> Contents:
+        self.check()
+        return self._found
+
+    def faults(self, pictures: Pictures, names: Sequence[str], on_progress: Progress | None) -> dict[str, str]:
+        """What is wrong with each of the pictures that cannot be read, by name.
+
+        `on_progress(done, total)` hears of each. Threads suffice: Pillow decodes outside the GIL.
+        """
+
+        def fault(name: str) -> str | None:
+            try:
+                pictures.check_picture(name)
+            except UserError as error:
+                return str(error).removeprefix(f"{self._root}/")
+            return None
+
+        found: dict[str, str] = {}
+        with ThreadPoolExecutor() as pool:
+            for first in range(0, len(names), _BLOCK):
+                block = names[first : first + _BLOCK]
+                for done, (name, why) in enumerate(zip(block, pool.map(fault, block), strict=True), first + 1):
+                    if why:
+                        found[name] = why
+                    if on_progress:
+                        on_progress(done, len(names))
+        return found
+
+    def reject_faults(self, tables: Iterable[Table], pictures: Pictures, on_progress: Progress | None) -> None:
+        """Reject the entries (`layouts.Entry`) of the tables whose pictures cannot be read."""
+        places = {entry.name: (table, place) for table in tables for place, entry in table.rows.items()}
+        for name, why in self.faults(pictures, list(places), on_progress).items():
+            table, place = places[name]
+            table.reject(place, why)
+
+    def split(self, pairs: list[Pair]) -> tuple[list[Pair], list[Pair]]:
+        """Pairs that train, pairs that validate. A picture's rank comes from its name alone, so that one picture more
+        or less leaves nearly all others where they were. Class pictures of a prior all train.
+
+        Raises:
+            UserError: no picture is left to train on.
+        """
+        names, held_out = picture_names(p for p in pairs if not p.is_prior), self.config.validation_images
+        if held_out >= len(names):
+            raise UserError(f"data.validation_images={held_out} leaves none of the {len(names)} pictures to train on")
+        val = set(sorted(names, key=lambda name: derive_seed(self.seed, "split", name))[:held_out])
+        return [p for p in pairs if p.picture not in val], [p for p in pairs if p.picture in val]
+
+
+def picture_names(pairs: Iterable[Pair]) -> list[str]:
+    """The pictures of the pairs, sorted, each once."""
+    return sorted({pair.picture for pair in pairs})
+
+
+class _CaptionedSet(Dataset):
+    def __init__(self, pairs: list[Pair], pictures: Pictures, config: CaptionedConfig, seed: int):
+        self.pairs, self.pictures, self.config, self.seed = pairs, pictures, config, seed
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+
+class TrainingSet(_CaptionedSet):
+    """Stream position -> one augmented sample.
+
+    Augmentation is drawn from (seed, pass, index), the noise seed from (seed, position): what a sample looks like in a
+    pass does not depend on when its turn comes, so that it can be encoded beforehand.
+    """
+
+    def __init__(self, pairs: list[Pair], pictures: Pictures, config: CaptionedConfig, seed: int):
+        super().__init__(pairs, pictures, config, seed)
+        self.stream = SampleStream(len(pairs), seed)
+
+    def __getitem__(self, position: int) -> ImageBatch:
+        return self.sample(*self.stream(position)).row(derive_seed(self.seed, "noise", position))
+
+    def sample(self, pass_: int, index: int) -> Sample:
+        """Sample `index` as that pass shows it."""
+        pair, config = self.pairs[index], self.config
+        caption, geometry, rng = self._draw(pass_, index)
+        square = self.pictures.squared(pair.picture, geometry)
+        control = self._control(pass_, index, geometry, lambda: square)
+        picture = jitter(square.float() / 255, rng, config.brightness, config.contrast, config.saturation)
+        return Sample(picture, caption, control, pair.is_prior, pair.label)
+
+    def without_picture(self, pass_: int, index: int) -> Sample:
+        """`sample` with the picture None; it is read only where the control needs it."""
+        pair = self.pairs[index]
+        caption, geometry, _ = self._draw(pass_, index)
+        read = cache(partial(self.pictures.squared, pair.picture, geometry))
+        return Sample(None, caption, self._control(pass_, index, geometry, read), pair.is_prior, pair.label)
+
+    def _draw(self, pass_: int, index: int) -> tuple[str, Geometry, np.random.Generator]:
+        """Caption and geometry, and the generator that draws the rest."""
+        rng, config = np.random.default_rng(derive_seed(self.seed, "augment", pass_, index)), self.config
+        caption = self._draw_caption(rng, self.pairs[index])
+        place = rng.random()
+        flips = random_flips(rng) if config.flips and not caption else ()
+        return caption, Geometry(config.resolution, config.square, place, flips), rng
+
+    def _draw_caption(self, rng: np.random.Generator, pair: Pair) -> str:
+        return "" if rng.random() < self.config.prompt_dropout else pair.prompt
+
+    def _control(self, pass_: int, index: int, geometry: Geometry, read: Callable[[], Tensor]) -> Tensor | None:
+        # A generator of its own: the control is the same whether or not the picture was varied before it.
+        rng = np.random.default_rng(derive_seed(self.seed, "control", pass_, index))
+        return self.pictures.control(self.pairs[index].picture, geometry, read, rng)
+
+
+class ValidationSet(_CaptionedSet):
+    """Index -> one sample without augmentation, with the picture's own prompt; -1 is padding."""
+
+    def __getitem__(self, index: int) -> ImageBatch:
+        return self.sample(index).row(self.noise_seed(index))
+
+    def sample(self, index: int) -> Sample:
+        """Sample `index`."""
+        pair, geometry = self.pairs[index], Geometry(self.config.resolution, self.config.square)
+        square = self.pictures.squared(pair.picture, geometry)
+        control = self.pictures.control(pair.picture, geometry, lambda: square, None)
+        return Sample(square.float() / 255, pair.prompt, control, pair.is_prior, pair.label)
+
+    def without_picture(self, index: int) -> Sample:
+        """`sample` with the picture None; it is read only where the control needs it."""
+        pair, geometry = self.pairs[index], Geometry(self.config.resolution, self.config.square)
+        read = cache(partial(self.pictures.squared, pair.picture, geometry))
+        control = self.pictures.control(pair.picture, geometry, read, None)
+        return Sample(None, pair.prompt, control, pair.is_prior, pair.label)
+
+    def noise_seed(self, index: int) -> int:
+        """The seed of sample `index`; -1 for padding."""
+        return -1 if index < 0 else derive_seed(self.seed, "validation", index)
+
+
+class ReferenceSet(Dataset):
+    """Index -> one distinct picture, uint8 (3, R, R), made square as for validation."""
+
+    def __init__(self, names: list[str], pictures: Pictures, config: CaptionedConfig):
+        self.names, self.pictures, self.config = names, pictures, config
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.pictures.squared(self.names[index], Geometry(self.config.resolution, self.config.square))

@@ -1,0 +1,286 @@
+"""Chest X-rays with masks of their nodules, and any other pictures with masks: what ControlNet learns from.
+
+On disk, below `<root>`:
+
+    images/      pictures of 8 or 16 bits, or DICOM (.dcm)
+    masks/       a mask of each, a grey picture of the same stem and size
+    depth/       a depth map of each, likewise; `medsynth prepare depth` writes them
+    captions.csv Filename (the suffix may be left out) and Prompt; pictures without a row have `data.prompt`
+
+Masks and depth maps are needed only where `data.controls` names them.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+from typing import ClassVar, Optional
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
+
+from datamodules.captioned import (
+    CaptionedConfig,
+    CaptionedDataModule,
+    Contents,
+    Pair,
+    Pictures,
+    Progress,
+    picture_names,
+)
+from datamodules.control import canny, channels
+from datamodules.dicom import DICOM_SUFFIXES, header_size, is_deep, read_deep, read_dicom, read_values
+from datamodules.images import Geometry, PictureFolder
+from datamodules.tables import Table, drop_bad_rows, read_table
+from medsynth.errors import UserError
+
+_DEEP_SUFFIXES = frozenset({".png", ".tif", ".tiff"})
+_CAPTIONS = "captions.csv"
+
+
+@dataclass
+class ChestXRayConfig(CaptionedConfig):
+    """Which pictures and masks are trained on, how deep pictures are shown, and what steers the generation."""
+
+    name: str = "chest_xray"
+    """This data set's name."""
+    images: str = "images"
+    """Folder of the pictures, relative to root."""
+    masks: str = "masks"
+    """Folder of the masks, relative to root."""
+    depth: str = "depth"
+    """Folder of the depth maps, relative to root."""
+    captions: Optional[str] = None
+    """CSV file with the columns Filename and Prompt, relative to root; none: captions.csv, where there is one."""
+    prompt: str = "chest X-ray with lung nodules"
+    """Caption of a picture without a row in `captions`."""
+    controls: list[str] = field(default_factory=lambda: ["mask"])
+    """What steers the generation, in the order of the channels: `canny` an edge map, `depth`, `mask` (1 channel each),
+    `picture` the picture itself (3 channels)."""
+    canny_low: list[float] = field(default_factory=lambda: [30.0])
+    """Lower threshold of the edge map, or lowest and highest of a uniform draw in training, whose middle is taken
+    elsewhere; in sums of Sobel gradients: a step by h of 255 greys has 4h. The defaults are for radiographs, whose
+    edges are faint; for photographs edge-conditioned ControlNets are used to 100, 200 and no blur."""
+    canny_high: list[float] = field(default_factory=lambda: [60.0])
+    """Upper threshold, likewise: an edge starts above it and goes on above the lower one."""
+    canny_blur: list[float] = field(default_factory=lambda: [1.5])
+    """Standard deviation, pixels, of the blur before the edges are sought, likewise; 0 = none."""
+    mask_max: int = 255
+    """Grey value of a mask that becomes 1.0: 1 for masks of 0 and 1, N - 1 for N classes as 0 … N - 1. Masks of one bit
+    need none."""
+    mask_resize: bool = False
+    """Take masks of another size than their picture too, by nearest neighbour, where the aspect ratio agrees."""
+    depth_model: Optional[str] = None
+    """Depth-estimation model for `medsynth prepare depth`: a hub id or a local folder that transformers'
+    AutoModelForDepthEstimation loads (DPT, Depth Anything …)."""
+    window: Optional[list[float]] = None
+    """Centre and width of the values that are shown, for DICOM files that name none themselves and for 16-bit pictures;
+    none: from the 0.5th to the 99.5th percentile of each picture."""
+    sixteen_bit: str = "window"
+    """16-bit PNG and TIFF: `window` shows what `window` says; `range` shows 0 … 65535 whatever the picture holds."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        channels(self.controls)
+        self.require_choice(sixteen_bit=("window", "range"))
+        self.require_range(1, 65535, "mask_max")
+        for key in ("canny_low", "canny_high", "canny_blur"):
+            values = getattr(self, key)
+            if len(values) not in (1, 2) or min(values) < 0 or values != sorted(values):
+                raise UserError(f"data.{key}={values}: must be one number, or a lowest and a highest, from 0 up")
+        if self.canny_low[-1] > self.canny_high[0]:
+            raise UserError(f"data.canny_low={self.canny_low}: must not exceed data.canny_high={self.canny_high}")
+        if self.window is not None and (len(self.window) != 2 or self.window[1] < 1):
+            raise UserError(f"data.window={self.window}: must be a centre and a width of at least 1")
+
+
+class XRayFolder(PictureFolder):
+    """A `PictureFolder` that finds DICOM files too."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        for path in sorted(folder.rglob("*")):
+            if path.suffix.lower() in DICOM_SUFFIXES:
+                name = path.relative_to(folder)
+                self._names.add(name.as_posix())
+                self._by_stem.setdefault(str(PurePosixPath(name).with_suffix("")), []).append(name.as_posix())
+
+    def __iter__(self) -> Iterator[str]:
+        """The pictures' relative paths, sorted."""
+        return iter(sorted(self._names))
+
+
+class XRayPictures(Pictures):
+    """Pictures of 8 or 16 bits or DICOM, with the masks and depth maps that `data.controls` asks for."""
+
+    config: ChestXRayConfig
+
+    def __init__(self, root: Path, config: ChestXRayConfig):
+        super().__init__(root / config.images, config)
+        folders = {"mask": config.masks, "depth": config.depth}
+        self._folders = {kind: PictureFolder(root / folders[kind]) for kind in config.controls if kind in folders}
+
+    def open_picture(self, name: str, least_side: int = 0) -> Tensor:
+        path, config = self.folder / name, self.config
+        if path.suffix.lower() in DICOM_SUFFIXES:
+            return read_dicom(path, config.max_pixels, config.window)
+        if config.sixteen_bit == "window" and path.suffix.lower() in _DEEP_SUFFIXES and is_deep(path):
+            return read_deep(path, config.max_pixels, config.window)
+        return super().open_picture(name, least_side)
+
+    def check_picture(self, name: str) -> None:
+        """Refuse an unsound picture, and a mask or depth map that is missing, unsound or of another size."""
+        dicom = PurePosixPath(name).suffix.lower() in DICOM_SUFFIXES
+        if self.config.check == "all" or not dicom:
+            super().check_picture(name)
+        size = header_size(self.folder / name)
+        for kind in self._folders:
+            path = self._beside(kind, name)
+            self._check_size(kind, path, header_size(path), size)
+            if self.config.check == "all":
+                self._read(kind, name)
+
+    def sizes(self, name: str) -> list[int]:
+        return super().sizes(name) + [self._beside(kind, name).stat().st_size for kind in self._folders]
+
+    def control(
+        self, name: str, geometry: Geometry, picture: Callable[[], Tensor], rng: np.random.Generator | None
+    ) -> Tensor | None:
+        make = {
+            "canny": lambda: self._edges(picture(), rng),
+            "depth": lambda: geometry.apply(self._read("depth", name), InterpolationMode.BILINEAR),
+            "mask": lambda: geometry.apply(self._read("mask", name), InterpolationMode.NEAREST_EXACT),
+            "picture": lambda: picture().float() / 255,
+        }
+        made = [make[kind]() for kind in self.config.controls]
+        return torch.cat(made) if made else None
+
+    def _edges(self, picture: Tensor, rng: np.random.Generator | None) -> Tensor:
+        config = self.config
+        ranges = [(values[0], values[-1]) for values in (config.canny_low, config.canny_high, config.canny_blur)]
+        low, high, blur = [rng.uniform(*r) if rng else sum(r) / 2 for r in ranges]
+        return canny(picture, low, high, blur)
+
+    def _beside(self, kind: str, name: str) -> Path:
+        """The mask or depth map of a picture."""
+        folder = self._folders[kind]
+        try:
+            return folder.folder / folder.find(str(PurePosixPath(name).with_suffix("")))
+        except UserError as error:
+            mend = "; run `medsynth prepare depth CONFIG`" * (kind == "depth" and self.config.depth_model is not None)
+            raise UserError(f"{error}{mend}") from None
+
+    def _check_size(self, kind: str, path: Path, size: tuple[int, int], wanted: tuple[int, int]) -> None:
+        if size == wanted:
+            return
+        sizes = f"{path} is {size[0]}x{size[1]}, its picture {wanted[0]}x{wanted[1]}"
+        if kind == "depth":
+            raise UserError(f"{sizes}: make it again")
+        # Of one shape, to the pixel by which a side may be rounded.
+        if abs(size[0] * wanted[1] - size[1] * wanted[0]) > max(wanted):
+            raise UserError(f"{sizes}, of another shape: put the right mask there")
+        if not self.config.mask_resize:
+            raise UserError(f"{sizes}: save it at that size, or set data.mask_resize=true")
+
+    def _read(self, kind: str, name: str) -> Tensor:
+        """A mask or depth map at its own size: float32 (1, H, W) in [0, 1]."""
+        path = self._beside(kind, name)
+        values = read_values(path, self.config.max_pixels)
+        most = {"depth": 65535 if values.dtype == np.uint16 else 255, "mask": self.config.mask_max}[kind]
+        if values.dtype == np.bool_:
+            most = 1
+        elif kind == "mask":
+            self._check_levels(path, int(values.max()))
+        return torch.from_numpy(values.astype(np.float32) / most)[None]
+
+    def _check_levels(self, path: Path, highest: int) -> None:
+        most = self.config.mask_max
+        if highest > most or 0 < 16 * highest <= most:  # classes 0, 1, 2 … as grey levels would all be next to black
+            raise UserError(f"{path} reaches {highest} where data.mask_max={most}: set it to the masks' greatest value")
+
+
+class ChestXRay(CaptionedDataModule):
+    """Pairs of picture and caption, each with what steers its generation."""
+
+    Config = ChestXRayConfig
+    config: ChestXRayConfig
+    shaping: ClassVar[tuple[str, ...]] = (
+        *CaptionedDataModule.shaping,
+        *("controls", "canny_low", "canny_high", "canny_blur", "mask_max", "window", "sixteen_bit"),
+    )
+
+    def check(self, on_progress: Progress | None = None) -> dict[str, int]:
+        """Read the captions and look at every picture, mask and depth map once; later calls remember.
+
+        Without a captions file the rows of a report are the pictures in the order of their names.
+        """
+        return super().check(on_progress)
+
+    def write_depth(self, model: Path, on_progress: Progress | None = None) -> int:
+        """Estimate the depth of every picture that has no depth map yet, and write them; returns how many.
+
+        `model` is the local folder of `data.depth_model`. A map is a 16-bit PNG of its picture's size, from
+        that picture's least value to its greatest. `on_progress(done, total)` hears of each picture.
+
+        Raises:
+            UserError: no such model; the folder holds depth maps of another model; a picture cannot be read.
+        """
+        from datamodules.depth import write_depth_maps
+
+        pictures = XRayPictures(self._root, replace(self.config, controls=[]))
+        names = list(self._folder())
+        return write_depth_maps(
+            pictures.open_picture, names, self._root / self.config.depth, self.config.depth_model, model, on_progress
+        )
+
+    def _folder(self) -> XRayFolder:
+        folder = self._root / self.config.images
+        if not folder.is_dir():
+            raise UserError(f"data.root: {folder} is not a folder")
+        return XRayFolder(folder)
+
+    def _read(self, on_progress: Progress | None) -> Contents:
+        folder = self._folder()
+        tables = self._tables(folder)
+        pictures = XRayPictures(self._root, self.config)
+        names = sorted({row["Filename"] for table in tables for row in table.rows.values()})
+        faults = self.faults(pictures, names, on_progress)
+        for table in tables:
+            for line, row in list(table.rows.items()):
+                if row["Filename"] in faults:
+                    table.reject(line, faults[row["Filename"]])
+        skipped = drop_bad_rows(tables, self.config.on_bad)
+
+        pairs = [Pair(row["Filename"], row["Prompt"]) for table in tables for row in table.rows.values()]
+        train, val = self.split(pairs)
+        summary = {
+            "pictures": len(picture_names(pairs)),
+            "pairs": len(pairs),
+            "prompts": len({pair.prompt for pair in pairs}),
+            "train pictures": len(picture_names(train)),
+            "validation pictures": len(picture_names(val)),
+            "skipped rows": skipped,
+        }
+        return Contents(train, val, pictures, summary)
+
+    def _tables(self, folder: XRayFolder) -> list[Table]:
+        """The rows of the captions file, whose Filename becomes the picture's path, and those of all other pictures."""
+        captioned = self._captions()
+        for line, row in list(captioned.rows.items()):
+            try:
+                row["Filename"] = folder.find(row["Filename"])
+            except UserError as error:
+                captioned.reject(line, str(error))
+        named = {row["Filename"] for row in captioned.rows.values()}
+        others = Table(self.config.images)
+        for line, name in enumerate(folder, 1):
+            if name not in named:
+                others.rows[line] = {"Filename": name, "Prompt": self.config.prompt}
+        return [table for table in (captioned, others) if table.rows or table.faults]
+
+    def _captions(self) -> Table:
+        path = self._root / (self.config.captions or _CAPTIONS)
+        if self.config.captions is None and not path.exists():
+            return Table(path.name)
+        return read_table(path, ("Filename", "Prompt"), "data.captions")

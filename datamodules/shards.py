@@ -1,0 +1,133 @@
+"""WebDataset shards: uncompressed tar files in which `a/1.png`, `a/1.txt` and `a/1.json` are one sample, `a/1`.
+
+A shard is read at random: one pass over its headers finds where the members lie, and then a picture is one positioned
+read, by any thread of any process.
+"""
+
+import os
+import re
+import tarfile
+import threading
+from array import array
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+from datamodules.images import SUFFIXES
+from medsynth.errors import UserError
+
+_NAME = re.compile(r"(?P<key>(?:.*/)?[^./][^./]*)\.(?P<kind>[^/]+)")
+"""A member's key ends at the first dot of its file name; the rest says what it is."""
+_MOST_TEXT = 1 << 20  # bytes of a caption or of the facts of one sample
+
+
+@dataclass(slots=True)
+class ShardSample:
+    """What one shard holds of one sample: the picture's member name, its caption and its facts as bytes."""
+
+    picture: str | None = None
+    text: bytes | None = None
+    facts: bytes | None = None
+
+
+class Shards:
+    """Where the pictures of all shards below `root` lie; small enough to travel to each worker.
+
+    A picture's name is that of its shard, relative to root, and of its member: `mild-000000.tar/a/1.png`.
+    """
+
+    def __init__(self, root: Path):
+        self.root = root
+        self._shards: list[str] = []
+        self._rows: dict[str, int] = {}
+        self._places = array("q")  # shard, offset, bytes; one triple a picture
+
+    def index(self, shard: str, faults: dict[str, str]) -> dict[str, ShardSample]:
+        """Find the members of one shard; its samples by key, in their order.
+
+        faults: gets what is wrong with the shard and its members, by shard or member name; those before a fault count.
+        """
+        samples: dict[str, ShardSample] = {}
+        self._shards.append(shard)
+        try:
+            with tarfile.open(self.root / shard, "r:") as tar:
+                for member in tar:
+                    self._add(tar, member, samples, faults)
+                tar.fileobj.seek(tar.offset)
+                if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                    raise tarfile.ReadError("no end mark")
+        except (tarfile.TarError, OSError) as error:
+            faults[shard] = f"is cut off, damaged or compressed after {len(samples)} samples ({error}): copy it again"
+        return samples
+
+    def read(self, name: str, limit: int | None = None) -> bytes:
+        """A picture's bytes, or the first `limit` of them."""
+        row = 3 * self._rows[name]
+        shard, offset, size = self._places[row : row + 3]
+        return _last_file.read(self.root / self._shards[shard], offset, size if limit is None else min(size, limit))
+
+    def size(self, name: str) -> int:
+        """A picture's bytes, counted."""
+        return self._places[3 * self._rows[name] + 2]
+
+    def _add(
+        self, tar: tarfile.TarFile, member: tarfile.TarInfo, samples: dict[str, ShardSample], faults: dict[str, str]
+    ) -> None:
+        shard, name = self._shards[-1], str(PurePosixPath(member.name))
+        parts = _NAME.fullmatch(name)
+        if member.isdir() or not parts:
+            return
+        if fault := _hostility(member, name):
+            faults[f"{shard}/{member.name}"] = fault
+            return
+        sample, kind = samples.setdefault(parts["key"], ShardSample()), parts["kind"].lower()
+        field = {"txt": "text", "json": "facts"}.get(kind, "picture" if f".{kind}" in SUFFIXES else None)
+        if field is None:
+            return
+        if getattr(sample, field) is not None:
+            faults[f"{shard}/{name}"] = f"two samples have the key {parts['key']}"
+        elif field == "picture":
+            sample.picture = f"{shard}/{name}"
+            self._rows[sample.picture] = len(self._places) // 3
+            self._places.extend((len(self._shards) - 1, member.offset_data, member.size))
+        elif member.size > _MOST_TEXT:
+            faults[f"{shard}/{name}"] = f"is larger than {_MOST_TEXT} bytes"
+        else:
+            setattr(sample, field, tar.extractfile(member).read())
+
+
+def _hostility(member: tarfile.TarInfo, name: str) -> str | None:
+    if name.startswith("/") or ".." in PurePosixPath(name).parts:
+        return "leads out of the shard: pack it again with relative names"
+    if not member.isreg() or member.issparse():
+        return "is a link or special file: pack it again with the file itself"
+    return None
+
+
+class _LastFile(threading.local):
+    """The file that this thread read last, kept open.
+
+    Positioned reads share no offset: a handle that came with a fork does no harm.
+    """
+
+    def __init__(self):
+        self._path: Path | None = None
+        self._file: BinaryIO | None = None
+
+    def read(self, path: Path, offset: int, size: int) -> bytes:
+        if path != self._path:
+            self._open(path)
+        return os.pread(self._file.fileno(), size, offset)
+
+    def _open(self, path: Path) -> None:
+        if self._file:
+            self._file.close()
+        self._path = None
+        try:
+            self._file = path.open("rb")
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror})") from None
+        self._path = path
+
+
+_last_file = _LastFile()

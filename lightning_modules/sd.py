@@ -1,0 +1,376 @@
+"""What the Stable Diffusion family shares: its networks in diffusers' layout, its latents, its text, its loss."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from torch import Tensor
+
+from datamodules.base import ImageBatch
+from lightning_modules.base import to_model_range
+from lightning_modules.diffusion import (
+    SampleRandom,
+    add_noise,
+    min_snr_weight,
+    offset_noise,
+    to_original,
+    training_target,
+)
+from lightning_modules.latent_diffusion import (
+    Context,
+    Denoised,
+    LatentDiffusion,
+    LatentDiffusionConfig,
+    NoiseConfig,
+    Noised,
+    SamplerConfig,
+    guided,
+)
+from lightning_modules.optim import OptimConfig
+from lightning_modules.text import TextEncoder, TextEncoderConfig
+from lightning_modules.weights import RANDOM, Weights, made_here
+from medsynth.errors import UserError
+
+KEY = "model.pretrained"
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+# A repository also holds the same weights in one file, in half precision, in pickles: none of those.
+_FILES = (
+    "model_index.json",
+    "scheduler/*.json",
+    "tokenizer/*",
+    "text_encoder/config.json",
+    "text_encoder/model.safetensors",
+    *(f"{part}/{name}" for part in ("unet", "vae") for name in ("config.json", "diffusion_pytorch_model.safetensors")),
+)
+
+
+@dataclass(frozen=True)
+class ArchitectureConfig:
+    """Shape of random networks, for tests and benchmarks; pretrained ones bring their own. Defaults: SD 1.x."""
+
+    widths: list[int] = field(default_factory=lambda: [320, 640, 1280, 1280])
+    """U-Net: channels of each level; all but the last have cross-attention, each but the last halves the latent."""
+    layers: int = 2
+    """U-Net: residual blocks a level."""
+    heads: int = 8
+    """U-Net: attention heads."""
+    norm_groups: int = 32
+    """Groups of each group norm, of U-Net and autoencoder."""
+    vae_widths: list[int] = field(default_factory=lambda: [128, 256, 512, 512])
+    """Autoencoder: channels of each level; each but the first halves the picture."""
+    vae_layers: int = 2
+    """Autoencoder: residual blocks a level."""
+    latent_channels: int = 4
+    """Channels of the latents."""
+    text_width: int = 768
+    """Text encoder: width of the embeddings."""
+    text_layers: int = 12
+    """Text encoder: transformer layers."""
+    text_heads: int = 12
+    """Text encoder: attention heads."""
+    vocabulary: int = 49408
+    """Text encoder: rows of the token table."""
+
+
+@dataclass(frozen=True)
+class StableDiffusionBaseConfig(LatentDiffusionConfig):
+    """What every method on Stable Diffusion is configured by."""
+
+    pretrained: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    """Hub id or local folder of a Stable Diffusion 1.x or 2.x pipeline in diffusers' layout; "random" makes one."""
+    architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
+    """Shape of random networks."""
+    resolution: int = 512
+    """Side of the square pictures, pixels."""
+    noise: NoiseConfig = field(default_factory=lambda: NoiseConfig(beta_start=0.00085, beta_end=0.012))
+    """The forward process; must be the one that the pretrained U-Net has learned, but for zero_terminal_snr."""
+    sampler: SamplerConfig = field(default_factory=lambda: SamplerConfig(steps=50, guidance=7.5))
+    """The reverse process."""
+    prompt_chunks: int = 1
+    """Windows of 75 words or word pieces that a prompt may fill; what goes beyond is cut with a warning."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, about a third more time."""
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-5))
+    """Optimizer."""
+
+
+@dataclass(frozen=True)
+class DenoisingConfig(StableDiffusionBaseConfig):
+    """What methods that learn by the denoising loss add."""
+
+    prediction: Optional[str] = None
+    """What the U-Net predicts: epsilon, v_prediction or sample; by default what the pretrained one has learned."""
+    min_snr_gamma: Optional[float] = None
+    """Clip the loss weight at this signal-to-noise ratio (Hang et al. 2023 use 5); none weighs all steps alike."""
+    noise_offset: float = 0.0
+    """Strength of noise that is constant over a channel: lets the model learn very dark and very bright pictures."""
+
+    def __post_init__(self):
+        if self.prediction not in (None, *PREDICTIONS):
+            raise UserError(f"model.prediction={self.prediction} is not known; use one of {', '.join(PREDICTIONS)}")
+
+
+class StableDiffusionBase(LatentDiffusion):
+    """Autoencoder, text encoder and U-Net of a Stable Diffusion pipeline. A subclass says what learns, and how."""
+
+    config: StableDiffusionBaseConfig
+
+    def build(self) -> None:
+        config = self.config
+        if not self._random:
+            self._check_folder()
+        self.unet = self.load_unet()
+        self._check_resolution()
+        if config.gradient_checkpointing:
+            self.unet.enable_gradient_checkpointing()
+        self.vae = self.load_vae()
+        if self.cached:
+            self.vae.encoder = self.vae.quant_conv = None  # sampling decodes, nothing encodes
+        self.text_encoder = self.cached_text or self.load_text_encoder()
+        self.prediction = self._prediction()
+        if config.noise.zero_terminal_snr and self.prediction == "epsilon":
+            raise UserError(
+                "model.noise.zero_terminal_snr: the last step is pure noise, of which epsilon says nothing; "
+                "set model.prediction=v_prediction"
+            )
+
+    def required_weights(self) -> list[Weights]:
+        return [] if self._random else [self._weights]
+
+    # The parts, as they were before training
+
+    def load_unet(self) -> UNet2DConditionModel:
+        """The pretrained U-Net, float32."""
+        if not self._random:
+            return self._load(UNet2DConditionModel, "unet")
+        shape = self.config.architecture
+        levels = len(shape.widths)
+        with made_here():
+            return UNet2DConditionModel(
+                sample_size=self.config.resolution // 2 ** (len(shape.vae_widths) - 1),
+                in_channels=shape.latent_channels,
+                out_channels=shape.latent_channels,
+                block_out_channels=tuple(shape.widths),
+                layers_per_block=shape.layers,
+                attention_head_dim=shape.heads,  # diffusers' name for the number of heads
+                norm_num_groups=shape.norm_groups,
+                cross_attention_dim=shape.text_width,
+                down_block_types=("CrossAttnDownBlock2D",) * (levels - 1) + ("DownBlock2D",),
+                up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (levels - 1),
+            )
+
+    def load_vae(self) -> AutoencoderKL:
+        """The pretrained autoencoder, float32."""
+        if not self._random:
+            return self._load(AutoencoderKL, "vae")
+        shape = self.config.architecture
+        levels = len(shape.vae_widths)
+        with made_here():
+            return AutoencoderKL(
+                latent_channels=shape.latent_channels,
+                block_out_channels=tuple(shape.vae_widths),
+                layers_per_block=shape.vae_layers,
+                norm_num_groups=shape.norm_groups,
+                down_block_types=("DownEncoderBlock2D",) * levels,
+                up_block_types=("UpDecoderBlock2D",) * levels,
+                sample_size=self.config.resolution,
+            )
+
+    def load_text_encoder(self) -> TextEncoder:
+        """The pretrained text encoder with its tokenizer."""
+        shape = self.config.architecture
+        width = shape.text_width if self._random else self._json("text_encoder/config.json")["hidden_size"]
+        return TextEncoder(
+            TextEncoderConfig(
+                source=self.config.pretrained,
+                chunks=self.config.prompt_chunks,
+                width=width,
+                layers=shape.text_layers,
+                heads=shape.text_heads,
+                vocabulary=shape.vocabulary,
+            ),
+            key=KEY,
+            attend_padding=True,  # Stable Diffusion was trained without a mask
+        )
+
+    # What LatentDiffusion asks for
+
+    def encode_moments(self, images: Tensor) -> Tensor:
+        posterior: DiagonalGaussianDistribution = self.vae.encode(to_model_range(images)).latent_dist
+        return torch.cat([posterior.mean, posterior.logvar], dim=1)
+
+    def normalise(self, moments: Tensor, noise: Tensor) -> Tensor:
+        mean, log_variance = moments.chunk(2, dim=1)
+        return (mean + (0.5 * log_variance).exp() * noise) * self.vae.config.scaling_factor
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.vae.decode(latents / self.vae.config.scaling_factor).sample
+
+    def embed(self, captions: list[str]) -> Context:
+        return Context(*(part.to(self.device) for part in self.text_encoder(captions)))
+
+    def encoder_digest(self) -> str:
+        digest = self._weights.digest("vae")
+        return f"{digest} {self._shape()}" if self._random else digest
+
+    def text_digest(self) -> str | None:
+        digest = self._weights.digest("text_encoder", "tokenizer")
+        digest = f"{digest} {self._shape()}" if self._random else digest
+        return f"{digest} chunks={self.config.prompt_chunks}"
+
+    def drawing_facts(self) -> dict[str, Any]:
+        digest = self._weights.digest("unet", "vae", "text_encoder", "tokenizer")
+        return {
+            "weights": f"{digest} {self._shape()}" if self._random else digest,
+            "prediction": self.prediction,
+            "resolution": self.config.resolution,
+            "prompt_chunks": self.config.prompt_chunks,
+            "noise": asdict(self.config.noise),
+            "sampler": asdict(self.config.sampler),
+        }
+
+    def latent_shape(self) -> tuple[int, int, int]:
+        side = self.config.resolution // 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return self.vae.config.latent_channels, side, side
+
+    def denoise(
+        self, z_t: Tensor, t: Tensor, context: Context, self_condition: Tensor | None, guidance: float
+    ) -> Denoised:
+        copies = 1 if guidance == 1 else 2
+        output = self.predict(torch.cat([z_t] * copies), torch.cat([t] * copies), context)
+        output = guided(output.float(), guidance)
+        return Denoised(output, to_original(self.prediction, output, z_t, t, self.alpha_bar))
+
+    def predict(self, z_t: Tensor, t: Tensor, context: Context) -> Tensor:
+        """The U-Net's output (n, C, h, w)."""
+        return self.unet(z_t, t, encoder_hidden_states=context.embeddings).sample
+
+    # What methods save
+
+    def export_pipeline(self, directory: Path, **parts: Any) -> None:
+        """Write a folder that diffusers' `StableDiffusionPipeline.from_pretrained` reads.
+
+        parts: networks that have changed, by their name in the pipeline; the others are written as they were loaded.
+        """
+        if "text_encoder" not in parts:
+            parts["text_encoder"] = self.load_text_encoder().model
+        pipeline = StableDiffusionPipeline(
+            **({"unet": self.unet, "vae": self.load_vae(), "tokenizer": self._tokenizer()} | parts),
+            scheduler=self.scheduler(),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        pipeline.save_pretrained(directory)
+
+    # Within
+
+    @property
+    def _random(self) -> bool:
+        return self.config.pretrained == RANDOM
+
+    @property
+    def _weights(self) -> Weights:
+        return Weights(KEY, self.config.pretrained, _FILES)
+
+    def _shape(self) -> str:
+        return json.dumps(asdict(self.config.architecture), sort_keys=True)
+
+    def _tokenizer(self):
+        return self.load_text_encoder().tokenizer
+
+    def _json(self, name: str) -> dict[str, Any]:
+        path = self._weights.require() / name
+        try:
+            return json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{KEY}: {path} cannot be read: {error}") from None
+
+    def _load(self, network: type, part: str) -> Any:
+        folder = self._weights.require() / part
+        try:
+            return network.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, torch_dtype=torch.float32
+            )
+        except Exception as error:  # the library raises of many kinds; all mean that the folder is not what it says
+            raise UserError(f"{KEY}: {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
+
+    def _check_folder(self) -> None:
+        folder = self._weights.require()
+        missing = [part for part in PARTS if not (folder / part).is_dir()]
+        if missing:
+            raise UserError(
+                f"{KEY}: {folder} has no folder {missing[0]}; it must be a Stable Diffusion pipeline in diffusers' "
+                f"layout ({', '.join(PARTS)})"
+            )
+        given, taken = self._json("text_encoder/config.json"), self._json("unet/config.json")
+        if given.get("hidden_size") != taken.get("cross_attention_dim"):
+            raise UserError(
+                f"{KEY}: {folder} has text embeddings of width {given.get('hidden_size')}, its U-Net takes "
+                f"{taken.get('cross_attention_dim')}; they are not of one pipeline"
+            )
+        scheduler, noise = self._json("scheduler/scheduler_config.json"), self.config.noise
+        learned = [scheduler.get(key) for key in ("num_train_timesteps", "beta_start", "beta_end")]
+        if learned != [noise.steps, noise.beta_start, noise.beta_end]:
+            steps, start, end = learned
+            raise UserError(
+                f"{KEY}: {folder} was trained with other noise; set model.noise.steps={steps} "
+                f"model.noise.beta_start={start} model.noise.beta_end={end}"
+            )
+
+    def _check_resolution(self) -> None:
+        shape = self.config.architecture
+        vae_widths = shape.vae_widths if self._random else self._json("vae/config.json")["block_out_channels"]
+        factor = 2 ** (len(vae_widths) - 1 + len(self.unet.config.block_out_channels) - 1)
+        side = self.config.resolution
+        if side < factor or side % factor:
+            near = max(factor, round(side / factor) * factor)
+            raise UserError(f"model.resolution={side}: must be a multiple of {factor}, for instance {near}")
+
+    def _prediction(self) -> str:
+        """What the pretrained U-Net predicts, as its folder says it."""
+        if self._random:
+            return "epsilon"
+        return self._json("scheduler/scheduler_config.json").get("prediction_type", "epsilon")
+
+
+class Denoising(StableDiffusionBase):
+    """The denoising loss: mean squared error of the prediction, each step weighed by its signal-to-noise ratio."""
+
+    config: DenoisingConfig
+
+    def latent_losses(self, z_0: Tensor, random: SampleRandom, batch: ImageBatch) -> dict[str, Tensor]:
+        return self.denoising_losses(self.diffuse(z_0, random), self.context_of(batch), batch)
+
+    def denoising_losses(self, noised: Noised, context: Context, batch: ImageBatch) -> dict[str, Tensor]:
+        """The losses (see `losses`) of noised latents."""
+        return self.output_losses(self.predict(noised.z_t, noised.t, context).float(), noised, batch)
+
+    def output_losses(self, output: Tensor, noised: Noised, batch: ImageBatch) -> dict[str, Tensor]:
+        """The losses of the U-Net's output (n, C, h, w), float32."""
+        target = training_target(self.prediction, noised.z_0, noised.noise, noised.t, self.alpha_bar)
+        error_B = F.mse_loss(output, target, reduction="none").flatten(1).mean(1)
+        if self.config.min_snr_gamma is not None:
+            error_B = error_B * min_snr_weight(self.prediction, noised.t, self.alpha_bar, self.config.min_snr_gamma)
+        return {"loss": (error_B * self.sample_weights(batch)).mean()}
+
+    def sample_weights(self, batch: ImageBatch) -> Tensor | float:
+        """Weight (n,) of each sample in the loss."""
+        return 1.0
+
+    def diffuse(self, z_0: Tensor, random: SampleRandom) -> Noised:
+        noised = super().diffuse(z_0, random)
+        strength = self.config.noise_offset
+        if not strength:
+            return noised
+        noise = offset_noise(noised.noise, random.normal(z_0.shape[1]), strength)
+        return noised._replace(noise=noise, z_t=add_noise(z_0, noise, noised.t, self.alpha_bar))
+
+    def _prediction(self) -> str:
+        return self.config.prediction or super()._prediction()
