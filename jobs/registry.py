@@ -19,6 +19,10 @@ METHODS = {
     "stable_diffusion": Method(
         "lightning_modules.stable_diffusion:StableDiffusion", "clip-sd-dreambooth-lora", "Stable Diffusion, fine-tuned"
     ),
+    "dreambooth": Method("lightning_modules.dreambooth:DreamBooth", "llcm", "DreamBooth"),
+    "dreambooth_lora": Method(
+        "lightning_modules.dreambooth:DreamBooth", "clip-sd-dreambooth-lora", "DreamBooth by low-rank updates"
+    ),
     "msdm_vae": Method("lightning_modules.msdm_vae:MSDMVAEModule", "kandinsky-msdm", "MSDM, stage 1: autoencoder"),
     "msdm": Method("lightning_modules.msdm:MSDM", "kandinsky-msdm", "MSDM, stage 2: latent diffusion with text"),
 }
