@@ -23,6 +23,7 @@ METHODS = {
     "dreambooth_lora": Method(
         "lightning_modules.dreambooth:DreamBooth", "clip-sd-dreambooth-lora", "DreamBooth by low-rank updates"
     ),
+    "llcm": Method("lightning_modules.llcm:LLCM", "llcm", "Leapfrog Latent Consistency Model"),
     "msdm_vae": Method("lightning_modules.msdm_vae:MSDMVAEModule", "kandinsky-msdm", "MSDM, stage 1: autoencoder"),
     "msdm": Method("lightning_modules.msdm:MSDM", "kandinsky-msdm", "MSDM, stage 2: latent diffusion with text"),
 }
