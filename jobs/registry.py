@@ -24,6 +24,9 @@ METHODS = {
         "lightning_modules.dreambooth:DreamBooth", "clip-sd-dreambooth-lora", "DreamBooth by low-rank updates"
     ),
     "llcm": Method("lightning_modules.llcm:LLCM", "llcm", "Leapfrog Latent Consistency Model"),
+    "hypernetwork": Method(
+        "lightning_modules.hypernetwork:HypernetworkModule", "cell-gan-hypernetwork", "Hypernetwork on Stable Diffusion"
+    ),
     "msdm_vae": Method("lightning_modules.msdm_vae:MSDMVAEModule", "kandinsky-msdm", "MSDM, stage 1: autoencoder"),
     "msdm": Method("lightning_modules.msdm:MSDM", "kandinsky-msdm", "MSDM, stage 2: latent diffusion with text"),
 }
