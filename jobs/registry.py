@@ -27,6 +27,7 @@ METHODS = {
     "hypernetwork": Method(
         "lightning_modules.hypernetwork:HypernetworkModule", "cell-gan-hypernetwork", "Hypernetwork on Stable Diffusion"
     ),
+    "controlnet": Method("lightning_modules.controlnet:ControlNet", "controlnet", "ControlNet on Stable Diffusion"),
     "msdm_vae": Method("lightning_modules.msdm_vae:MSDMVAEModule", "kandinsky-msdm", "MSDM, stage 1: autoencoder"),
     "msdm": Method("lightning_modules.msdm:MSDM", "kandinsky-msdm", "MSDM, stage 2: latent diffusion with text"),
 }

@@ -1,0 +1,126 @@
+"""A picture as words: its CLIP embedding, projected to tokens beside those of the text."""
+
+import json
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.embeddings import ImageProjection
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from lightning_modules.weights import RANDOM, Weights, made_here
+from medsynth.errors import UserError
+
+_ENCODER, _CONFIG, _WEIGHTS = "image_encoder", "config.json", "diffusion_pytorch_model.safetensors"
+
+
+class ImagePrompt(nn.Module):
+    """A frozen CLIP image encoder and a trained projection of its embedding (linear, then layer norm).
+
+    The tokens follow those of the text in the U-Net's context, each multiplied by `weight`.
+    """
+
+    def __init__(
+        self,
+        encoder: CLIPVisionModelWithProjection,
+        processor: CLIPImageProcessor,
+        *,
+        text_width: int,
+        tokens: int,
+        weight: float,
+    ):
+        """processor: gives the mean and standard deviation of the pictures that the encoder has learned."""
+        super().__init__()
+        self.encoder, self.weight = encoder.requires_grad_(False), weight
+        self.projection = ImageProjection(encoder.config.projection_dim, text_width, tokens)
+        for name, values in (("mean", processor.image_mean), ("std", processor.image_std)):
+            self.register_buffer(name, torch.tensor(values).reshape(1, 3, 1, 1), persistent=False)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """Tokens (n, tokens, text width) of pictures, float32 (n, 3, H, W) in [0, 1]."""
+        side = self.encoder.config.image_size
+        with torch.no_grad():
+            resized = F.interpolate(pictures, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
+            embeddings = self.encoder((resized - self.mean) / self.std).image_embeds
+        return self.weight * self.projection(embeddings)
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch the projection; the encoder stays in evaluation mode."""
+        super().train(mode)
+        self.encoder.eval()
+        return self
+
+    def save_pretrained(
+        self, directory: Path, encoder: CLIPVisionModelWithProjection, processor: CLIPImageProcessor
+    ) -> None:
+        """Write what `from_pretrained` reads; the encoder as transformers lays it out.
+
+        encoder, processor: as they were loaded, since mixed precision holds its own encoder in half.
+        """
+        directory.mkdir(parents=True, exist_ok=True)
+        linear = self.projection.image_embeds
+        described = {
+            "tokens": self.projection.num_image_text_embeds,
+            "text_width": linear.out_features // self.projection.num_image_text_embeds,
+            "weight": self.weight,
+        }
+        (directory / _CONFIG).write_text(json.dumps(described, indent=2) + "\n")
+        weights = {name: value.detach().contiguous() for name, value in self.projection.state_dict().items()}
+        save_file(weights, directory / _WEIGHTS)
+        encoder.save_pretrained(directory / _ENCODER)
+        processor.save_pretrained(directory / _ENCODER)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> Self:
+        """What `save_pretrained` wrote, in evaluation mode on the CPU.
+
+        Its tokens belong after the text's embeddings, the negative prompt's too, of a diffusers pipeline:
+        `prompt_embeds=torch.cat([embeddings, prompt(pictures)], dim=1)`.
+
+        Raises:
+            UserError: the folder holds no image prompt.
+        """
+        directory = Path(directory)
+        try:
+            described = json.loads((directory / _CONFIG).read_text())
+            prompt = cls(*load_image_encoder(str(directory / _ENCODER), str(directory)), **described)
+            prompt.projection.load_state_dict(load_file(directory / _WEIGHTS))
+        except (OSError, ValueError, TypeError, RuntimeError) as error:
+            raise UserError(f"{directory} holds no image prompt: {str(error).splitlines()[0]}") from error
+        return prompt.eval()
+
+
+def load_image_encoder(source: str, key: str) -> tuple[CLIPVisionModelWithProjection, CLIPImageProcessor]:
+    """A CLIP image encoder and how its pictures are normalised.
+
+    source: hub id or local folder in transformers' layout, of a whole CLIP or of its image side; "random" makes a small
+    fixed one. key: the config key that named it.
+
+    Raises:
+        UserError: it is absent, or no CLIP image encoder.
+    """
+    if source == RANDOM:
+        return _random_encoder(), CLIPImageProcessor()
+    folder = Weights(key, source).require()
+    try:
+        encoder, report = CLIPVisionModelWithProjection.from_pretrained(
+            folder, local_files_only=True, output_loading_info=True, dtype=torch.float32
+        )
+        # A folder of the encoder alone may say nothing of pictures: CLIP's own mean and deviation then.
+        known = (folder / "preprocessor_config.json").is_file()
+        processor = CLIPImageProcessor.from_pretrained(folder, local_files_only=True) if known else CLIPImageProcessor()
+    except Exception as error:  # the library raises of many kinds; all mean that the folder is not what it says
+        raise UserError(f"{key}: {source} cannot be loaded: {str(error).splitlines()[0]}") from error
+    if report["missing_keys"]:
+        raise UserError(f"{key}: {source} is no CLIP image encoder: it lacks {min(report['missing_keys'])}")
+    return encoder, processor
+
+
+def _random_encoder() -> CLIPVisionModelWithProjection:
+    shape: dict[str, Any] = {"image_size": 32, "patch_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    with made_here():
+        config = CLIPVisionConfig(hidden_size=32, intermediate_size=64, projection_dim=16, **shape)
+        return CLIPVisionModelWithProjection(config)
