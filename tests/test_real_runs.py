@@ -1,0 +1,146 @@
+"""Two epochs of each method on Stable Diffusion, on real pictures at tiny size: the loss falls, pictures are made."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from datamodules.base import collate
+from jobs.config import load_config
+from jobs.runs import build_data, build_module
+from jobs.train import train
+from lightning_modules.base import GenerativeModule
+from tests.conftest import REPOSITORY
+from tests.sd_folder import write_pipeline
+
+DATA = REPOSITORY.parent / "shared" / "data"
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="no real pictures beside the repository")
+PICTURES = 64
+
+SETTINGS = [
+    "data.validation_images=8",
+    "train.max_epochs=2",
+    "train.max_steps=null",
+    "train.validate_every_steps=null",
+    "train.global_batch_size=4",
+    "train.device_batch_size=4",
+    "model.optim.lr=2e-3",
+    "ema.decay=0",
+]
+
+
+@pytest.fixture(scope="module")
+def colonoscopy(tmp_path_factory) -> Path:
+    """64 pictures with their masks and prompts."""
+    folder = tmp_path_factory.mktemp("real") / "colonoscopy"
+    names = sorted(path.name for path in (DATA / "colonoscopy/images").iterdir())[:PICTURES]
+    for part in ("images", "masks"):
+        (folder / part).mkdir(parents=True)
+        stems = {Path(name).stem for name in names}
+        for path in (DATA / "colonoscopy" / part).iterdir():
+            if path.stem in stems:
+                shutil.copy(path, folder / part)
+    rows = (DATA / "colonoscopy/prompt-gt.csv").read_text().splitlines()
+    kept = [row for row in rows[1:] if Path(row.partition(";")[0]).stem in stems]
+    (folder / "prompt-gt.csv").write_text("\n".join([rows[0], *kept]) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def blood_cells(tmp_path_factory) -> Path:
+    """Class folders of 16 pictures each."""
+    folder = tmp_path_factory.mktemp("real") / "blood-cells"
+    for kind in sorted((DATA / "blood-cells").iterdir()):
+        (folder / kind.name).mkdir(parents=True)
+        for path in sorted(kind.iterdir())[:16]:
+            shutil.copy(path, folder / kind.name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory, colonoscopy) -> Path:
+    """Stable Diffusion's shape, small, fine-tuned on colonoscopy: what the other methods start from."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    write_pipeline(folder / "random")
+    run = folder / "run"
+    settings = [f"model.pretrained={folder / 'random'}", f"data.root={colonoscopy}", f"run_dir={run}"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        before, after = losses_of("stable_diffusion", settings)
+    assert after < 0.95 * before
+    return run / "export"
+
+
+def losses_of(method: str, settings: list[str]) -> tuple[float, float]:
+    """Validation loss before and after two epochs."""
+    config = load_config([REPOSITORY / f"configs/tiny/{method}.yaml"], [*SETTINGS, *settings])
+    torch.manual_seed(config.seed)
+    untrained = build_module(config)
+    untrained.configure_model()
+    before = validation_loss(untrained.eval(), config)
+    trained = train(config).lightning_module
+    return before, validation_loss(trained.eval(), config)
+
+
+@torch.no_grad()
+def validation_loss(module: GenerativeModule, config) -> float:
+    """Mean over the validation set, whose noise is fixed, four times over: small sets are noisy."""
+    data, _ = build_data(config, module)
+    dataset = data.validation_set()
+    rows = collate([dataset[i] for i in range(min(len(dataset), 16))])
+    return sum(module.losses(replace(rows, seeds=rows.seeds + i))["loss"].item() for i in range(4)) / 4
+
+
+def check_pictures(run: Path) -> None:
+    grids = sorted((run / "grids").glob("*.png"))
+    assert len(grids) == 2, "one an epoch"
+    assert all(Image.open(grid).getextrema() != ((0, 0),) * 3 for grid in grids)
+
+
+@needs_data
+@pytest.mark.parametrize("method", ["stable_diffusion_lora", "llcm"])
+def test_methods_of_captions_learn_from_colonoscopy(method, pretrained, colonoscopy, here):
+    data = [f"data.root={colonoscopy}"]
+    if method == "llcm":
+        # The student starts as its own target's equal: a large step parts them.
+        data = ["model.optim.lr=1e-4", f"data.root={as_metadata(colonoscopy, here / 'metadata')}"]
+    before, after = losses_of(method, [f"model.pretrained={pretrained}", "run_dir=run", *data])
+    assert after < before
+    check_pictures(here / "run")
+
+
+@needs_data
+@pytest.mark.parametrize("data", ["colonoscopy", "lung-nodules"])
+def test_controlnet_learns_from_masks(data, pretrained, colonoscopy, here):
+    settings = [f"model.pretrained={pretrained}", "run_dir=run", "model.controls={mask:1.0}"]
+    if data == "colonoscopy":
+        settings += [f"data.root={colonoscopy}", "data.captions=prompt-gt.csv"]
+    else:
+        settings += [f"data.root={DATA / data}"]
+    before, after = losses_of("controlnet", settings)
+    assert after < before
+    check_pictures(here / "run")
+
+
+@needs_data
+@pytest.mark.parametrize("method", ["dreambooth", "dreambooth_lora", "hypernetwork"])
+def test_methods_of_classes_learn_from_blood_cells(method, pretrained, blood_cells, here):
+    settings = [f"model.pretrained={pretrained}", "run_dir=run", f"data.root={blood_cells}"]
+    if method == "hypernetwork":
+        settings += ["data.name=cytology", "model.widths=[16,8]"]
+    before, after = losses_of(method, settings)
+    assert after < before
+    check_pictures(here / "run")
+
+
+def as_metadata(colonoscopy: Path, folder: Path) -> Path:
+    """The pictures with their first prompts, as `metadata.csv`."""
+    shutil.copytree(colonoscopy / "images", folder)
+    suffixes = {path.stem: path.suffix for path in folder.iterdir()}
+    rows = dict(reversed([row.split(";")[:2] for row in (colonoscopy / "prompt-gt.csv").read_text().splitlines()[1:]]))
+    lines = [f'{Path(name).stem}{suffixes[Path(name).stem]},"{prompt}"' for name, prompt in sorted(rows.items())]
+    (folder / "metadata.csv").write_text("\n".join(["file_name,text", *lines]) + "\n")
+    return folder
