@@ -2,7 +2,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DATA := ../shared/data/colonoscopy
 
-.PHONY: help install quickstart colonoscopy test lint format clean
+.PHONY: help install quickstart colonoscopy benchmark test lint format clean
 
 help:  ## Show what there is to make
 	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,6 +22,9 @@ colonoscopy: install  ## Train MSDM on real pictures, DATA=FOLDER in MEDVQA-GI's
 	$(BIN)/medsynth train configs/colonoscopy_cpu_vae.yaml data.root=$(DATA)
 	$(BIN)/medsynth encode configs/colonoscopy_cpu.yaml data.root=$(DATA) --variants 3 --out runs/colonoscopy_cpu_latents
 	$(BIN)/medsynth train configs/colonoscopy_cpu.yaml data.root=$(DATA)
+
+benchmark: install  ## Time the training step of each method beside a plain loop, on the GPU if there is one
+	$(BIN)/python -m benchmarks.train_step
 
 test: install lint  ## Lint and run every test
 	$(BIN)/python -m pytest
