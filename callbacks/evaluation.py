@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
@@ -97,9 +97,9 @@ class Evaluation(L.Callback):
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: GenerativeModule) -> None:
         if trainer.sanity_checking:
             return
-        self._validations += 1
-        if self._validations % self.config.every == 0:
+        if (self._validations + 1) % self.config.every == 0:
             pl_module.log_dict(self.evaluate(trainer, pl_module), rank_zero_only=False)
+        self._validations += 1  # now: an evaluation that is broken off is done again
 
     @torch.no_grad()
     def evaluate(self, trainer: L.Trainer, module: GenerativeModule) -> dict[str, float]:
@@ -151,7 +151,9 @@ class Evaluation(L.Callback):
     def _turns(self, trainer: L.Trainer, total: int, title: str) -> Iterator[list[int]]:
         turns = EvaluationSampler(total, self.config.batch_size, trainer.global_rank, trainer.world_size)
         hidden = None if trainer.is_global_zero else True  # None: only where the output is no terminal
-        return tqdm(turns, desc=title, leave=False, disable=hidden, unit="batch")
+        for rows in tqdm(turns, desc=title, leave=False, disable=hidden, unit="batch"):
+            self._between()
+            yield rows
 
     def _draw_grid(self, trainer: L.Trainer, module: GenerativeModule) -> None:
         dataset = trainer.datamodule.validation_set()

@@ -6,6 +6,7 @@ whoever draws position p gets the same picture, prompt and noise, on one process
 """
 
 import hashlib
+import signal
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -272,6 +273,12 @@ class EvaluationSampler(Sampler[list[int]]):
             yield list(range(first, min(first + self.batch_size, self.length))) or [-1]
 
 
+def leave_signals_to_the_parent(worker: int) -> None:
+    """Begin a DataLoader's worker: a batch system signals all processes of a job, and the run still needs this one."""
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 @dataclass
 class DataConfig:
     """What every data set is configured by."""
@@ -415,6 +422,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
             "num_workers": workers,
             "persistent_workers": workers > 0,
             "pin_memory": torch.cuda.is_available(),
+            "worker_init_fn": leave_signals_to_the_parent,
         }
 
     def _rank_and_world(self) -> tuple[int, int]:

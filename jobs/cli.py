@@ -71,4 +71,4 @@ def run_command(command: click.Command, name: str) -> None:
         sys.exit(130)
     except UserError as error:
         click.echo(f"medsynth: {error}", err=True)
-        sys.exit(2)
+        sys.exit(error.exit_code)

@@ -15,6 +15,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from callbacks.checkpoint import CheckpointConfig
 from callbacks.ema import EMAConfig
 from callbacks.evaluation import EvaluationConfig
+from callbacks.preemption import PreemptionConfig
 from jobs.registry import data_class, method_class, nearest
 from jobs.tracking import TrackingConfig
 from medsynth.errors import UserError
@@ -84,6 +85,8 @@ class RunConfig:
     """Averaging of the trained weights."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """What is saved when."""
+    preemption: PreemptionConfig = field(default_factory=PreemptionConfig)
+    """What becomes of a run that is asked to leave."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """How the pictures are scored while training."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

@@ -48,12 +48,21 @@ def train(config):
 
     Raises:
         UserError: before the first step, where config, data, weights and machine do not go together.
+        Preempted: SIGUSR1 or SIGTERM came; the run is saved.
     """
+    from callbacks.preemption import StopRequest
+
+    with StopRequest(config.preemption.grace_seconds).listening() as request:
+        return _train(config, request)
+
+
+def _train(config, request):
     import lightning as L
     import torch
 
-    from callbacks.checkpoint import newest_verified
+    from callbacks.checkpoint import LAST, newest_verified
     from callbacks.evaluation import Evaluation
+    from callbacks.preemption import Preemption
     from jobs.config import instantiate
     from jobs.runs import build_data, build_module, find_checkpoint, load_weights, use_cache, write_config
     from jobs.summary import print_summary
@@ -75,12 +84,14 @@ def train(config):
     if config.hardware.compile:
         module.compile()
     run_dir = Path(config.run_dir)
-    evaluation = Evaluation(instantiate(config, "evaluation"), run_dir, config.seed)
+    last = run_dir / "checkpoints" / LAST
+    preemption = Preemption(instantiate(config, "preemption"), request, run_dir, last)
+    evaluation = Evaluation(instantiate(config, "evaluation"), run_dir, config.seed, preemption.leave_if_asked)
 
     write_config(config)
     data.write_split(run_dir)
     tracker = RunTracker(run_dir, instantiate(config, "tracking"), config.tracking.run_name or run_dir.name)
-    trainer = _build_trainer(config, evaluation, tracker)
+    trainer = _build_trainer(config, evaluation, preemption, tracker)
     if trainer.is_global_zero:
         print_summary(config, module, data, counts)
         click.echo(f"MLflow: {ui_command(config.tracking.uri)}")
@@ -94,7 +105,7 @@ def train(config):
 
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
-    except SystemExit:  # Lightning's answer to Ctrl-C
+    except SystemExit:  # Lightning's answer to Ctrl-C, and Preempted
         tracker.finalize("interrupted")
         raise
 
@@ -115,7 +126,7 @@ def _check_support(config, module) -> None:
         raise UserError(f"hardware.strategy={strategy}: {config.method} trains with {known}")
 
 
-def _build_trainer(config, evaluation, tracker):
+def _build_trainer(config, evaluation, preemption, tracker):
     import lightning as L
     from lightning.pytorch.callbacks import LearningRateMonitor
 
@@ -132,6 +143,7 @@ def _build_trainer(config, evaluation, tracker):
     if config.ema.decay:
         callbacks.insert(0, EMA(instantiate(config, "ema")))
     callbacks += build_checkpoints(instantiate(config, "checkpoint"), Path(config.run_dir) / "checkpoints")
+    callbacks.append(preemption)
     by_steps = train.validate_every_steps is not None
     micro_batches = accumulation(config)
     return L.Trainer(

@@ -1,0 +1,264 @@
+"""A run that is asked to leave saves and leaves; one that comes no further stops coming back."""
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+
+from medsynth.errors import UserError
+from medsynth.exit_codes import NO_PROGRESS, PREEMPTED
+
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+ATTEMPTS_FILE = "attempts.json"
+_ECHO_SECONDS = 2.0
+
+
+class Preempted(SystemExit):
+    """The run was asked to leave and has left a checkpoint."""
+
+    def __init__(self):
+        super().__init__(PREEMPTED)
+
+
+class NoProgress(UserError):  # noqa: N818
+    """The run was started again and again and never came further."""
+
+    exit_code = NO_PROGRESS
+
+
+@dataclass
+class PreemptionConfig:
+    """How a run that is asked to leave does so."""
+
+    grace_seconds: float = 120.0
+    """Longest time from the signal to the end, saving included; then the process ends unsaved."""
+    restarts: int = 3
+    """Starts from one and the same step after which the run stops for good."""
+
+    def __post_init__(self):
+        if self.grace_seconds <= 0:
+            raise UserError(f"preemption.grace_seconds={self.grace_seconds}: give a time above 0")
+        if self.restarts < 1:
+            raise UserError(f"preemption.restarts={self.restarts}: give at least 1")
+
+
+class StopRequest:
+    """Whether SIGUSR1 or SIGTERM has come to this process.
+
+    The signals wake a thread through a pipe: it hears of them even where the main thread waits for a process that no
+    longer answers. A second signal, or `grace_seconds` without an end, ends the process on the spot. Of two within 2
+    seconds the second is an echo: launchers pass on what came to all.
+    """
+
+    def __init__(self, grace_seconds: float):
+        self.grace_seconds = grace_seconds
+        self._since: float | None = None
+        self._deadline: threading.Timer | None = None
+
+    @property
+    def requested(self) -> bool:
+        """Whether a signal has come."""
+        return self._since is not None
+
+    @contextmanager
+    def listening(self) -> Iterator["StopRequest"]:
+        """Inside, the signals are requests; for the main thread."""
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        before = {number: signal.signal(number, _do_nothing) for number in SIGNALS}
+        waking = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        _parents.add(os.getpid())
+        threading.Thread(target=self._listen, args=(reading,), daemon=True, name="signals").start()
+        try:
+            yield self
+        finally:
+            signal.set_wakeup_fd(waking)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            _parents.discard(os.getpid())
+            os.close(writing)  # ends the thread
+            if self._deadline:
+                self._deadline.cancel()
+
+    def _listen(self, reading: int) -> None:
+        while received := os.read(reading, 64):
+            for number in received:
+                if number in SIGNALS:
+                    self._receive(signal.Signals(number))
+        os.close(reading)
+
+    def _receive(self, number: signal.Signals) -> None:
+        now = time.monotonic()
+        if self._since is not None:
+            if now - self._since > _ECHO_SECONDS:
+                self._end(f"second signal, {number.name}")
+            return
+        self._since = now
+        _say(f"{number.name}: saving at the end of this step, then leaving")
+        why = f"{self.grace_seconds:g} s after {number.name}"
+        self._deadline = threading.Timer(self.grace_seconds, self._end, [why])
+        self._deadline.daemon = True
+        self._deadline.start()
+
+    def _end(self, why: str) -> None:
+        _say(f"{why}: leaving without saving; the run goes on from its last checkpoint")
+        os._exit(128 + signal.SIGTERM)
+
+
+class Preemption(Checkpoint):
+    """Stops all processes at one step when any of them was asked to, with a checkpoint, and exit code 75.
+
+    After each optimizer step the processes tell each other, and act on what was told one step before: nobody waits, and
+    all leave at the same step. In a validation they agree on the spot; it is not finished, and is done again after the
+    restart.
+
+    At the start a run that came back `restarts` times to the same step is refused.
+    """
+
+    def __init__(self, config: PreemptionConfig, request: StopRequest, run_dir: Path, checkpoint: Path):
+        """checkpoint: what to save on leaving."""
+        self.config, self.request = config, request
+        self._attempts, self._checkpoint = Path(run_dir) / ATTEMPTS_FILE, checkpoint
+        self._group: Any = None
+        self._told: tuple[torch.Tensor, Any] | None = None  # of the step before: everyone's answer, on its way
+        self._step = 0
+        self._validating = False
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.world_size > 1:  # on the CPU: an agreement must not wait for a GPU's queue
+            self._group = torch.distributed.new_group(backend="gloo")
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._take_over(trainer)
+        self._step = trainer.global_step
+        starts = trainer.strategy.broadcast(self._count(trainer.global_step) if trainer.is_global_zero else None)
+        if starts > self.config.restarts:
+            raise NoProgress(
+                f"started {starts} times from step {trainer.global_step} without coming further; the log of the starts "
+                f"before says why. Remove {self._attempts} to try again"
+            )
+        self.leave_if_asked()  # nothing is new since the checkpoint that training began with
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        if trainer.global_step == self._step:
+            return  # within an accumulation
+        self._step = trainer.global_step
+        if self._tell():
+            trainer._logger_connector.update_train_step_metrics()  # Lightning would log this step after the callbacks
+            trainer.save_checkpoint(self._checkpoint)
+            raise Preempted
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._validating = True
+
+    def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        self.leave_if_asked()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._validating = False
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        # Now, and not where it was raised: the average stood in the live weights there.
+        if isinstance(exception, Preempted) and self._validating:
+            trainer.save_checkpoint(self._checkpoint)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self._validating and "loops" in checkpoint:
+            # As if the first batch were under way: Lightning goes back to a validation only from within it.
+            progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
+            begun = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+            progress["total"].update(begun)
+            progress["current"].update(dict.fromkeys(begun, 0))
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            self._attempts.unlink(missing_ok=True)
+
+    def leave_if_asked(self) -> None:
+        """Agree on the spot, and leave if any process was asked to; for all processes together."""
+        if self._agree():
+            raise Preempted
+
+    def _take_over(self, trainer: L.Trainer) -> None:
+        """Lightning has set its own handler of SIGTERM, which leaves without saving; and before each batch it asks all
+        processes whether one got the signal, for which each waits until its GPU has nothing left to do."""
+        for number in SIGNALS:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(number, _do_nothing)
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+
+    def _tell(self) -> bool:
+        """Send this process's answer, and give everyone's of the step before."""
+        if self._group is None:
+            return self.request.requested
+        before, answer = self._told, torch.tensor([float(self.request.requested)])
+        self._told = (answer, torch.distributed.all_reduce(answer, group=self._group, async_op=True))
+        if before is None:
+            return False
+        before[1].wait()
+        return bool(before[0])
+
+    def _agree(self) -> bool:
+        """Everyone's answer now."""
+        if self._group is None:
+            return self.request.requested
+        answer = torch.tensor([float(self.request.requested)])
+        torch.distributed.all_reduce(answer, group=self._group)
+        return bool(answer)
+
+    def _count(self, step: int) -> int:
+        """Starts from this step, this one among them, kept in the run directory."""
+        try:
+            before = json.loads(self._attempts.read_text())
+        except (OSError, ValueError):
+            before = {"step": step, "starts": 0}
+        starts = before["starts"] + 1 if before["step"] == step else 1
+        self._attempts.parent.mkdir(parents=True, exist_ok=True)
+        beside = self._attempts.with_name(f".{ATTEMPTS_FILE}")
+        beside.write_text(json.dumps({"step": step, "starts": starts}) + "\n")
+        beside.replace(self._attempts)
+        return starts
+
+
+_parents: set[int] = set()  # processes that listen
+
+
+def _begin_fork() -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+def _end_fork() -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def _begin_child() -> None:
+    """A DataLoader's worker leaves signals to its parent: a batch system sends them to all processes of a job."""
+    if os.getppid() in _parents:
+        signal.set_wakeup_fd(-1)
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+    _end_fork()
+
+
+# Until it has begun, a child would pass on its signals as the parent's.
+os.register_at_fork(before=_begin_fork, after_in_parent=_end_fork, after_in_child=_begin_child)
+
+
+def _do_nothing(number: int, frame: FrameType | None) -> None:
+    """The signal has woken the thread already; a handler there must be, or the process would end."""
+
+
+def _say(line: str) -> None:
+    # Not print: its lock may be held by the main thread, which may hang.
+    os.write(2, f"medsynth: {line}\n".encode())

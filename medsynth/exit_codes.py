@@ -1,0 +1,8 @@
+"""What `medsynth train` ends with, besides 0; any other code is a failure that another try may mend."""
+
+USER_ERROR = 2
+"""A user's mistake: every try would end so."""
+PREEMPTED = 75
+"""Preempted and saved: the next start goes on. (EX_TEMPFAIL of sysexits.)"""
+NO_PROGRESS = 76
+"""Started again and again without a new checkpoint: to be looked at, not tried again."""

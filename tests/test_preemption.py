@@ -1,0 +1,258 @@
+"""Signals to a run: it saves, leaves with exit code 75, and goes on exactly where it was; and it never hangs."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import callbacks.checkpoint
+from callbacks.checkpoint import read_manifest
+from callbacks.ema import EMA
+from callbacks.evaluation import Evaluation
+from callbacks.preemption import ATTEMPTS_FILE, NoProgress, Preempted, Preemption, PreemptionConfig, StopRequest
+from datamodules.base import StreamLoader
+from jobs.config import load_config
+from jobs.tracking import mlflow_client, read_run_id
+from jobs.train import train
+from medsynth.errors import UserError
+from tests.conftest import REPOSITORY
+
+TINY = REPOSITORY / "configs/tiny/msdm.yaml"
+SETTINGS = [
+    "train.max_steps=6", "train.validate_every_steps=3", "train.device_batch_size=2", "evaluation.images=4",
+    "evaluation.grid=0", "evaluation.cache=cache", "checkpoint.every_steps=100", "hardware.threads=1",
+]  # fmt: skip
+
+
+def configured(phantom: Path, run_dir: str, *settings: str):
+    return load_config([TINY], [f"data.root={phantom}", f"run_dir={run_dir}", *SETTINGS, *settings])
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, phantom) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        train(configured(phantom, "run"))
+    return folder / "run"
+
+
+def signal_at(patch: pytest.MonkeyPatch, owner: type, method: str, call: int, *numbers: signal.Signals) -> None:
+    """Send this process the signals before the `call`-th call of a method."""
+    original, calls = getattr(owner, method), []
+
+    def disturbed(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            for number in numbers or (signal.SIGUSR1,):
+                os.kill(os.getpid(), number)
+            time.sleep(0.1)  # the thread that listens has heard of it
+        return original(*args, **kwargs)
+
+    patch.setattr(owner, method, disturbed)
+
+
+def preempt(phantom: Path, *place) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        signal_at(patch, *place)
+        with pytest.raises(Preempted) as left:
+            train(configured(phantom, "run"))
+    assert left.value.code == 75
+
+
+def check_like_undisturbed(run: Path, undisturbed: Path) -> None:
+    for file in ("weights", "ema"):
+        ours, theirs = (
+            load_file(folder / f"checkpoints/last.ckpt/{file}.safetensors") for folder in (run, undisturbed)
+        )
+        assert all((ours[key] == theirs[key]).all() for key in theirs), file
+    ours, theirs = (torch.load(r / "checkpoints/last.ckpt/state.pt", weights_only=True) for r in (run, undisturbed))
+    for key in ("optimizer_states", "lr_schedulers", "global_step"):
+        torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=0)
+    assert ours["callbacks"]["EMA"] == theirs["callbacks"]["EMA"]
+    assert metrics(run) == metrics(undisturbed)
+
+
+def metrics(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """Every logged value by step, but for those that tell of time."""
+    client = mlflow_client(f"sqlite:///{run.parent}/mlruns.db")
+    run_id = read_run_id(run)
+    names = [name for name in client.get_run(run_id).data.metrics if name.startswith(("train/", "val/", "eval/"))]
+    histories = {name: client.get_metric_history(run_id, name) for name in names if "second" not in name}
+    return {name: [(point.step, point.value) for point in history] for name, history in histories.items()}
+
+
+def status(run: Path) -> str:
+    return mlflow_client(f"sqlite:///{run.parent}/mlruns.db").get_run(read_run_id(run)).info.status
+
+
+PLACES: dict[str, tuple] = {
+    "after a step": (EMA, "_update", 2),
+    "before the first step": (Preemption, "on_fit_start", 1),
+    "within an accumulation": (StreamLoader, "__iter__", 1),
+    "in a validation": (Preemption, "on_validation_batch_end", 1),
+    "in the last validation": (Preemption, "on_validation_batch_end", 4),
+    "while pictures are drawn": (Evaluation, "_load_reference", 1),
+    "by SIGTERM": (EMA, "_update", 4, signal.SIGTERM),
+    "by both signals at once": (EMA, "_update", 4, signal.SIGUSR1, signal.SIGTERM),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_run_stopped_anywhere_goes_on_as_if_it_had_not_been(place, undisturbed, phantom, here):
+    """Weights, average, learning rate, losses and scores, each of them logged once."""
+    preempt(phantom, *PLACES[place])
+    assert status(here / "run") == "KILLED"
+    train(configured(phantom, "run"))
+    check_like_undisturbed(here / "run", undisturbed)
+    assert status(here / "run") == "FINISHED"
+    assert not (here / "run" / ATTEMPTS_FILE).exists()
+
+
+def test_a_signal_during_a_save_is_answered_after_it(undisturbed, phantom, here):
+    with pytest.MonkeyPatch.context() as patch:
+        signal_at(patch, callbacks.checkpoint, "_put_in_place", 1)
+        with pytest.raises(Preempted):
+            train(configured(phantom, "run", "checkpoint.every_steps=2"))
+    assert read_manifest("run/checkpoints/last.ckpt")["global_step"] in (2, 3)
+    train(configured(phantom, "run", "checkpoint.every_steps=2"))
+    check_like_undisturbed(here / "run", undisturbed)
+
+
+def test_a_run_that_comes_no_further_stops_with_the_reason(phantom, here):
+    for _ in range(3):
+        preempt(phantom, Preemption, "on_fit_start", 1)
+    with pytest.raises(
+        NoProgress, match=r"started 4 times from step 0 without coming further.*Remove run/attempts.json"
+    ):
+        train(configured(phantom, "run"))
+    assert NoProgress("").exit_code == 76
+    assert status(here / "run") == "FAILED"
+    Path("run", ATTEMPTS_FILE).unlink()
+    train(configured(phantom, "run"))
+
+
+def test_progress_starts_the_count_anew(phantom, here):
+    attempts = Path("run", ATTEMPTS_FILE)
+    for step in (1, 2):
+        preempt(phantom, EMA, "_update", 1)
+        assert read_manifest("run/checkpoints/last.ckpt")["global_step"] == step
+        assert json.loads(attempts.read_text()) == {"step": step - 1, "starts": 1}
+
+
+# Real processes
+
+
+def started(phantom: Path, *settings: str) -> subprocess.Popen:
+    command = [
+        sys.executable,
+        "-m",
+        "jobs.train",
+        str(TINY),
+        f"data.root={phantom}",
+        "run_dir=run",
+        *SETTINGS,
+        *settings,
+    ]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 180) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def test_processes_leave_together_and_never_hang(undisturbed, phantom, here):
+    """Two processes: one is asked and both leave, at one step; one is stopped and the other still ends in time."""
+    two = ["hardware.devices=2", "hardware.strategy=ddp", "train.device_batch_size=1", "train.max_steps=100000"]
+    two += ["train.validate_every_steps=100000", "checkpoint.every_steps=5", "preemption.grace_seconds=5"]
+    process = started(phantom, *two)
+    wait_until(Path("run/checkpoints/last.ckpt").exists)
+    child = int(subprocess.check_output(["pgrep", "-P", str(process.pid), "-f", "jobs.train"], text=True).split()[0])
+    os.kill(child, signal.SIGUSR1)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
+    assert output.count("saving at the end of this step") == 1
+    step = read_manifest("run/checkpoints/last.ckpt")["global_step"]
+    assert step > 0
+
+    process = started(phantom, *two)
+    wait_until(lambda: read_manifest("run/checkpoints/last.ckpt")["global_step"] > step)
+    child = int(subprocess.check_output(["pgrep", "-P", str(process.pid), "-f", "jobs.train"], text=True).split()[0])
+    os.kill(child, signal.SIGSTOP)
+    began = time.monotonic()
+    os.kill(process.pid, signal.SIGUSR1)
+    try:
+        output = process.stdout.readline()
+        while "leaving without saving" not in output:
+            output = process.stdout.readline()
+            assert time.monotonic() - began < 30
+        assert re.search(r"5 s after SIGUSR1: leaving without saving", output)
+        assert process.wait(timeout=10) == 143
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+    assert read_manifest("run/checkpoints/last.ckpt")["global_step"] > step
+
+
+def test_a_second_signal_ends_at_once(phantom, here):
+    """The main thread is busy for long: it neither saves nor hears."""
+    code = (
+        "import time\n"
+        "from callbacks.preemption import StopRequest\n"
+        "with StopRequest(100).listening():\n"
+        "    print('ready', flush=True)\n"
+        "    while True: time.sleep(1)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGUSR1)
+    time.sleep(2.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=5) == 143
+    lines = process.stderr.read().splitlines()
+    assert lines[0] == "medsynth: SIGUSR1: saving at the end of this step, then leaving"
+    assert lines[1].startswith("medsynth: second signal, SIGTERM: leaving without saving")
+
+
+def test_children_leave_signals_to_their_parent():
+    """A batch system signals every process of a job: a DataLoader's worker must not end before the run has saved."""
+    from torch.utils.data import DataLoader
+
+    from datamodules.base import leave_signals_to_the_parent
+
+    request = StopRequest(100)
+    with request.listening():
+        loader = DataLoader(range(8), num_workers=2, worker_init_fn=leave_signals_to_the_parent)
+        batches = iter(loader)
+        next(batches), next(batches)  # one of each worker: both have begun
+        workers = [worker.pid for worker in batches._workers]
+        for pid in workers:
+            os.kill(pid, signal.SIGUSR1)
+            os.kill(pid, signal.SIGTERM)
+        assert len(list(batches)) == 6
+        assert not request.requested, "what came to a child is not the parent's"
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize("settings", [{"grace_seconds": 0}, {"restarts": 0}])
+def test_one_clear_line_for_what_cannot_be(settings):
+    with pytest.raises(UserError, match=rf"preemption\.{next(iter(settings))}=0: give"):
+        PreemptionConfig(**settings)
