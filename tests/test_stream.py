@@ -58,8 +58,11 @@ class PositionData(ImageDataModule):
     def reference_set(self, split):
         return Positions(7)
 
-    def evaluation_conditions(self, count):
-        return Conditions(captions=[""] * count)
+    def evaluation_conditions(self, rows):
+        return Conditions(captions=[""] * rows)
+
+    def all_captions(self):
+        return [""]
 
 
 class Recorder(L.LightningModule):
