@@ -5,7 +5,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
+import stat
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import Enum
@@ -15,18 +16,22 @@ from typing import Any, Optional
 import lightning as L
 import numpy as np
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from callbacks.ema import EMA
+from callbacks.sharding import Held, ShardedTensors, by_number, write_shard
 from medsynth.errors import UserError
 
 WEIGHTS, AVERAGE, STATE, MANIFEST = "weights.safetensors", "ema.safetensors", "state.pt", "manifest.json"
+SHARD = "shard-{:05d}-of-{:05d}.safetensors"
 BEST, LAST = "best.ckpt", "last.ckpt"
 FORMAT = 1
 
@@ -39,17 +44,23 @@ class CheckpointDamaged(UserError):  # noqa: N818
         self.reason = reason
 
 
+class CheckpointUnwritten(UserWarning):
+    """Training goes on although a checkpoint could not be written."""
+
+
 class DurableCheckpointIO(CheckpointIO):
     """Checkpoints as directories that are whole or known to be damaged.
 
     `<name>.ckpt/` holds `weights.safetensors` (the module's state), `ema.safetensors` (the average, if there is one),
     `state.pt` (all the rest; loads with `weights_only=True`) and `manifest.json` (global step, epoch, and the size and
-    SHA-256 of each file).
+    SHA-256 of each file). Where the processes hold the state in parts, each writes `shard-<process>-of-<number>
+    .safetensors` with its parts of weights, average and optimizer state instead; such a checkpoint is read by any
+    number of processes and by a plain one.
 
     A save writes and fsyncs all of it in `.<name>.ckpt.tmp-…` beside, moves an older `<name>.ckpt` aside to
     `.<name>.ckpt.old`, moves the new one into its place, fsyncs the parent, and only then removes the older one. So a
     whole checkpoint exists at every moment; `newest_verified` also looks aside. What a killed save left, the next save
-    of that name removes. Only one process may write to a directory.
+    of that name removes. Only one run may write to a directory.
     """
 
     def save_checkpoint(
@@ -62,17 +73,11 @@ class DurableCheckpointIO(CheckpointIO):
             TypeError: it holds an object that could only be loaded by running code.
         """
         target = Path(path)
-        temporary = _temporary(target)
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            _remove_leftovers(target)
-            _write(checkpoint, temporary, storage_options or {})
-            _put_in_place(temporary, target)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            mend = "Check the free space and the quota of its disk"
-            raise UserError(f"checkpoint {target} could not be written: {error}. {mend}") from error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)  # after a success there is none
+        notes = {"global_step": checkpoint["global_step"], "epoch": checkpoint["epoch"], **(storage_options or {})}
+        if any(isinstance(value, Held) for value in checkpoint["state_dict"].values()):
+            _save_together(checkpoint, target, notes)
+        else:
+            _save_alone(checkpoint, target, notes)
 
     def load_checkpoint(
         self, path: str | Path, map_location: torch.device | str | None = None, weights_only: bool | None = None
@@ -82,12 +87,39 @@ class DurableCheckpointIO(CheckpointIO):
         Raises:
             CheckpointDamaged: a file is missing or not what was saved.
         """
-        path, device = Path(path), str(map_location or "cpu")
+        device = str(map_location or "cpu")
+        checkpoint = self.open_checkpoint(path, device)
+        if not isinstance(checkpoint["state_dict"], ShardedTensors):
+            return checkpoint
+        checkpoint["state_dict"] = _gathered(checkpoint["state_dict"], device)
+        checkpoint["optimizer_states"] = [
+            by_number({**state, "moments": {k: _gathered(m, device) for k, m in state["moments"].items()}})
+            for state in checkpoint["optimizer_states"]
+        ]
+        if EMA.state_key in checkpoint["callbacks"]:
+            ema = checkpoint["callbacks"][EMA.state_key]
+            ema["shadow"] = _gathered(ema["shadow"], device)
+        return checkpoint
+
+    def open_checkpoint(self, path: str | Path, device: str = "cpu") -> dict[str, Any]:
+        """The same, but what several processes wrote stays on disk as `ShardedTensors`, by parameter names.
+
+        Raises:
+            CheckpointDamaged: as `load_checkpoint`.
+        """
+        path = Path(path)
         manifest = _verified(path)
         checkpoint = torch.load(path / STATE, map_location=device, weights_only=True)
-        checkpoint["state_dict"] = load_file(path / WEIGHTS, device=device)
-        if AVERAGE in manifest["files"]:
-            checkpoint["callbacks"][EMA.state_key]["shadow"] = load_file(path / AVERAGE, device=device)
+        shards = [path / name for name in manifest["files"] if name.startswith("shard-")]
+        average = checkpoint.get("callbacks", {}).get(EMA.state_key)
+        if shards:
+            checkpoint["state_dict"] = ShardedTensors(shards, "weights/")
+            for state in checkpoint["optimizer_states"]:
+                state["moments"] = {key: ShardedTensors(shards, f"{key}/") for key in state["moments"]}
+        else:
+            checkpoint["state_dict"] = load_file(path / WEIGHTS, device=device)
+        if average is not None:
+            average["shadow"] = ShardedTensors(shards, "ema/") if shards else load_file(path / AVERAGE, device=device)
         return checkpoint
 
     def remove_checkpoint(self, path: str | Path) -> None:
@@ -170,29 +202,49 @@ class CheckpointConfig:
     """The logged value that chooses best.ckpt, for instance eval/fid; validations without it are passed over."""
     mode: str = "min"
     """Whether the lowest ("min") or the highest ("max") value is best."""
+    on_error: str = "continue"
+    """A checkpoint that cannot be written, for instance on a full disk: "continue" training and say so, or "stop"."""
 
     def __post_init__(self):
         if self.every_steps is not None and self.every_steps < 1:
             raise UserError(f"checkpoint.every_steps is {self.every_steps}: give at least 1 step, or null")
-        if self.mode not in ("min", "max"):
-            raise UserError(f'checkpoint.mode is "{self.mode}": give "min" or "max"')
+        for key, known in (("mode", ("min", "max")), ("on_error", ("continue", "stop"))):
+            if getattr(self, key) not in known:
+                raise UserError(f'checkpoint.{key} is "{getattr(self, key)}": give "{known[0]}" or "{known[1]}"')
 
 
 def build_checkpoints(config: CheckpointConfig, directory: str | Path) -> list[L.Callback]:
     """The callbacks that save `best.ckpt` and `last.ckpt` into `directory` through the trainer's checkpoint IO."""
     # In this order last.ckpt is the newer of two saves at one step.
     return [
-        BestCheckpoint(Path(directory) / BEST, config.monitor, config.mode),
-        LastCheckpoint(Path(directory) / LAST, config.every_steps),
+        BestCheckpoint(Path(directory) / BEST, config.monitor, config.mode, config.on_error),
+        LastCheckpoint(Path(directory) / LAST, config.every_steps, config.on_error),
     ]
+
+
+def save(trainer: L.Trainer, path: Path, on_error: str, notes: Mapping[str, Any] | None = None) -> bool:
+    """Save `trainer`'s checkpoint; False where it could not be written and `on_error` is "continue".
+
+    Raises:
+        UserError: it could not be written and `on_error` is "stop"; in every process.
+    """
+    try:
+        trainer.save_checkpoint(path, storage_options=notes)
+    except UserError as error:
+        if on_error == "stop":
+            raise
+        rank_zero_warn(f"{error}. Training goes on; the checkpoint before it is kept", category=CheckpointUnwritten)
+        return False
+    return True
 
 
 class LastCheckpoint(Checkpoint):
     """Replaces `path` every `every_steps` steps of `trainer.global_step`, after each validation and at the end."""
 
-    def __init__(self, path: Path, every_steps: int | None):
-        self.path, self.every_steps = path, every_steps
-        self._saved = 0  # global step of the newest save
+    def __init__(self, path: Path, every_steps: int | None, on_error: str = "stop"):
+        self.path, self.every_steps, self.on_error = path, every_steps, on_error
+        self._saved = 0  # global step of the newest save that was tried
+        self._failed = False  # it could not be written
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._saved = trainer.global_step
@@ -208,19 +260,19 @@ class LastCheckpoint(Checkpoint):
             self._save(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.global_step > self._saved:
-            self._save(trainer)
+        if trainer.global_step > self._saved or self._failed:
+            trainer.save_checkpoint(self.path)  # there is no training left to go on with: a failure ends the run
 
     def _save(self, trainer: L.Trainer) -> None:
-        trainer.save_checkpoint(self.path)
+        self._failed = not save(trainer, self.path, self.on_error)
         self._saved = trainer.global_step
 
 
 class BestCheckpoint(Checkpoint):
     """Replaces `path` after each validation with a better value of `monitor` than all before, resumed or not."""
 
-    def __init__(self, path: Path, monitor: str, mode: str):
-        self.path, self.monitor, self.mode = path, monitor, mode
+    def __init__(self, path: Path, monitor: str, mode: str, on_error: str = "stop"):
+        self.path, self.monitor, self.mode, self.on_error = path, monitor, mode, on_error
         self.value: float | None = None  # the best so far
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -231,8 +283,9 @@ class BestCheckpoint(Checkpoint):
         value = trainer.strategy.broadcast(None if metric is None else float(metric))
         if value is None or not self._is_better(value):
             return
-        self.value = value
-        trainer.save_checkpoint(self.path, storage_options={"metric": {"name": self.monitor, "value": value}})
+        before, self.value = self.value, value
+        if not save(trainer, self.path, self.on_error, {"metric": {"name": self.monitor, "value": value}}):
+            self.value = before
 
     def state_dict(self) -> dict[str, Any]:
         return {"monitor": self.monitor, "mode": self.mode, "value": self.value}
@@ -268,22 +321,112 @@ def _remove_leftovers(target: Path) -> None:
         _discard(_aside(target), target)
 
 
+def _save_alone(checkpoint: Mapping[str, Any], target: Path, notes: Mapping[str, Any]) -> None:
+    temporary = _temporary(target)
+    try:
+        _make(temporary, target)
+        _write(checkpoint, temporary, notes)
+        _put_in_place(temporary, target)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise _unwritten(target, str(error)) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # after a success there is none
+
+
+def _save_together(checkpoint: Mapping[str, Any], target: Path, notes: Mapping[str, Any]) -> None:
+    """Every process writes its part, the first one all else and, once it knows of all parts, the manifest.
+
+    The processes agree after each stage, so that all raise where one failed, and none waits for one that has given up.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    (temporary, *_) = _agreed(lambda: _temporary(target), target)
+    try:
+        _agreed(lambda: _make(temporary, target) if rank == 0 else None, target)
+        written = _agreed(lambda: _write_part(checkpoint, temporary, rank, world), target)
+        _agreed(lambda: _finish(temporary, target, notes, written) if rank == 0 else None, target)
+    finally:
+        if rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _agreed(work: Callable[[], Any], target: Path) -> list[Any]:
+    """What `work` gives in each process; raises in all of them where it fails in one."""
+    result = failure = None
+    try:
+        result = work()
+    except Exception as error:  # of whatever kind: the others must hear of it
+        failure = error
+    outcomes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(outcomes, (result, None if failure is None else f"{type(failure).__name__}: {failure}"))
+    if isinstance(failure, TypeError):
+        raise failure
+    told = [f"process {rank}: {message}" for rank, (_, message) in enumerate(outcomes) if message]
+    if told:
+        raise _unwritten(target, "; ".join(told)) from failure
+    return [given for given, _ in outcomes]
+
+
+def _unwritten(target: Path, reason: str) -> UserError:
+    mend = "Check the free space and the quota of its disk"
+    return UserError(f"checkpoint {target} could not be written: {reason}. {mend}")
+
+
+def _make(temporary: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(target)
+    temporary.mkdir()
+
+
 def _write(checkpoint: Mapping[str, Any], directory: Path, notes: Mapping[str, Any]) -> None:
     weights, average, rest = _split(checkpoint)
-    directory.mkdir()
+    _write_state(rest, directory)
+    save_file(_separate(weights), directory / WEIGHTS)
+    if average is not None:
+        save_file(_separate(average), directory / AVERAGE)
+    _write_manifest(directory, notes, _listed(sorted(directory.iterdir())))
+    for file in directory.iterdir():
+        shutil.copymode(directory / STATE, file)  # safetensors writes for the owner alone
+        _sync(file)
+    _sync(directory)
+
+
+def _write_part(checkpoint: Mapping[str, Any], directory: Path, rank: int, world: int) -> dict[str, Any]:
+    """Write what this process holds; what the manifest says of the files."""
+    weights, average, rest = _split(checkpoint)
+    tensors = {f"weights/{name}": value for name, value in weights.items()}
+    tensors |= {f"ema/{name}": value for name, value in (average or {}).items()}
+    for state in rest["optimizer_states"]:
+        tensors |= {f"{key}/{name}": v for key, parts in state["moments"].items() for name, v in parts.items()}
+    rest["optimizer_states"] = [{**state, "moments": list(state["moments"])} for state in rest["optimizer_states"]]
+    shard = directory / SHARD.format(rank, world)
+    write_shard(shard, tensors, rank)
+    files = [shard]
+    if rank == 0:
+        _write_state(rest, directory)
+        files.append(directory / STATE)
+    for file in files:
+        file.chmod(stat.S_IMODE(directory.stat().st_mode) & 0o666)  # safetensors writes for the owner alone
+        _sync(file)
+    return _listed(files)
+
+
+def _finish(temporary: Path, target: Path, notes: Mapping[str, Any], written: list[dict[str, Any]]) -> None:
+    _write_manifest(temporary, notes, {name: facts for files in written for name, facts in files.items()})
+    _sync(temporary / MANIFEST)
+    _sync(temporary)
+    _put_in_place(temporary, target)
+
+
+def _write_state(rest: Mapping[str, Any], directory: Path) -> None:
     with (directory / STATE).open("wb") as file:
         torch.save(rest, file)
     refused = torch.serialization.get_unsafe_globals_in_checkpoint(directory / STATE)
     if refused:
         raise TypeError(f"a checkpoint takes tensors and plain Python values, and was given {', '.join(refused)}")
-    save_file(_separate(weights), directory / WEIGHTS)
-    if average is not None:
-        save_file(_separate(average), directory / AVERAGE)
-    _write_manifest(directory, {"global_step": checkpoint["global_step"], "epoch": checkpoint["epoch"], **notes})
-    for file in directory.iterdir():
-        shutil.copymode(directory / STATE, file)  # safetensors writes for the owner alone
-        _sync(file)
-    _sync(directory)
+
+
+def _gathered(tensors: Mapping[str, Tensor], device: str) -> dict[str, Tensor]:
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
 def _split(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor] | None, dict[str, Any]]:
@@ -313,13 +456,15 @@ def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return separate
 
 
-def _write_manifest(directory: Path, entries: Mapping[str, Any]) -> None:
-    files = sorted(directory.iterdir())
+def _listed(files: list[Path]) -> dict[str, Any]:
+    """What the manifest says of files."""
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(_file_digest, files))
-    sizes = [file.stat().st_size for file in files]
-    listed = {f.name: {"bytes": n, "sha256": d} for f, n, d in zip(files, sizes, digests, strict=True)}
-    manifest = {"format": FORMAT, **entries, "files": listed}
+    return {f.name: {"bytes": f.stat().st_size, "sha256": d} for f, d in zip(files, digests, strict=True)}
+
+
+def _write_manifest(directory: Path, entries: Mapping[str, Any], files: Mapping[str, Any]) -> None:
+    manifest = {"format": FORMAT, **entries, "files": files}
     text = json.dumps({**manifest, "sha256": _manifest_digest(manifest)}, indent=2)
     (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
 

@@ -1,6 +1,6 @@
 """Exponential moving average of the trained weights."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from callbacks.sharding import Held, Sharded, ShardedTensors, trained_parameters
 from medsynth.errors import UserError
 
 if TYPE_CHECKING:
@@ -59,16 +60,22 @@ class EMA(L.Callback):
         self._steps = 0  # counted optimizer steps
         self._seen = 0  # trainer.global_step when the last of them was counted
         self._trained = nn.ModuleDict()
-        self._live: dict[str, nn.Parameter] = {}
+        self._live: dict[str, Tensor] = {}  # what this process holds of each parameter
+        self._held: dict[str, Held] = {}  # and which part that is, where the processes share them
+        self._publish: Callable[[], None] = _nothing
         self._shadow: dict[str, Tensor] = {}  # without the names whose average stands in the live parameter
         self._kept: dict[str, Tensor] = {}  # live values while the average stands in their place
         self._saved: Mapping[str, Tensor] | None = None  # loaded, before there are parameters
 
     def averaged_state(self) -> dict[str, Tensor]:
-        """Float32 averages and persistent buffers by "<module>.<name>"; no copies. A shared parameter comes once."""
+        """Float32 averages and persistent buffers by "<module>.<name>"; no copies. A shared parameter comes once.
+
+        Where the processes hold the weights in parts, averages are `Held`, this process's part.
+        """
         if self._kept:
             raise RuntimeError("the averaged weights stand in the live parameters: save after the swap or validation")
-        return {**self._shadow, **_persistent_buffers(self._trained)}
+        average = {name: part._replace(values=self._shadow[name]) for name, part in self._held.items()}
+        return {**(average or self._shadow), **_persistent_buffers(self._trained)}
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
@@ -84,11 +91,15 @@ class EMA(L.Callback):
             yield
         finally:
             self._restore()
+        self._publish()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: "GenerativeModule") -> None:
-        self._attach(pl_module)
+        if not trainer.strategy.restore_checkpoint_after_setup:
+            self._attach(trainer, pl_module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: "GenerativeModule") -> None:
+        if not self._live:
+            self._attach(trainer, pl_module)
         self._seen = trainer.global_step
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: "GenerativeModule", *_: Any) -> None:
@@ -101,11 +112,12 @@ class EMA(L.Callback):
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: "GenerativeModule") -> None:
         if not self._live:  # `trainer.validate` without a fit
-            self._attach(pl_module)
+            self._attach(trainer, pl_module)
         self._swap_in()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: "GenerativeModule") -> None:
         self._restore()
+        self._publish()
 
     def on_exception(self, trainer: L.Trainer, pl_module: "GenerativeModule", exception: BaseException) -> None:
         self._restore()
@@ -119,15 +131,23 @@ class EMA(L.Callback):
             self._adopt_saved()
 
     @torch.no_grad()
-    def _attach(self, module: "GenerativeModule") -> None:
+    def _attach(self, trainer: L.Trainer, module: "GenerativeModule") -> None:
         self._trained = nn.ModuleDict(module.trainable_modules())
-        self._live = _learning(self._trained)
+        self._live = trained_parameters(module)
+        if isinstance(trainer.strategy, Sharded):
+            self._held = {name: trainer.strategy.held(live) for name, live in self._live.items()}
+            self._live = {name: part.values for name, part in self._held.items()}
+            self._publish = trainer.strategy.publish
         self._shadow = {name: live.to(torch.float32, copy=True) for name, live in self._live.items()}
         if self._saved is not None:
             self._adopt_saved()
 
+    @torch.no_grad()
     def _adopt_saved(self) -> None:
-        _fill({**self._shadow, **_persistent_buffers(self._trained)}, self._saved)
+        if self._held:
+            _fill_parts(self.averaged_state(), self._saved)
+        else:
+            _fill({**self._shadow, **_persistent_buffers(self._trained)}, self._saved)
         self._saved = None
 
     @torch.no_grad()
@@ -142,8 +162,8 @@ class EMA(L.Callback):
 
     # A float32 parameter holds its average exactly, so the average's own memory is let go and no third copy is made.
     # A narrower one does not: its live values, as narrow, are kept beside. Each parameter is complete before the next
-    # is touched, so `_restore` also mends a swap that an error cut short. Tensors made in inference mode could not be
-    # updated afterwards.
+    # is touched, so `_restore` also mends a swap that an error cut short; then it must wait for no other process.
+    # Tensors made in inference mode could not be updated afterwards.
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -153,6 +173,7 @@ class EMA(L.Callback):
             live.copy_(self._shadow[name])
             if live.dtype == torch.float32:
                 del self._shadow[name]
+        self._publish()
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -174,12 +195,11 @@ def load_ema_weights(module: "GenerativeModule", state: Mapping[str, Any]) -> No
         UserError: names or shapes of the average and of the module differ; the message names them.
     """
     trained = nn.ModuleDict(module.trainable_modules())
-    _fill({**_learning(trained), **_persistent_buffers(trained)}, state["shadow"])
+    _fill({**trained_parameters(module), **_persistent_buffers(trained)}, state["shadow"])
 
 
-def _learning(trained: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters that are optimised: not the frozen ones around an adapter."""
-    return {name: parameter for name, parameter in trained.named_parameters() if parameter.requires_grad}
+def _nothing() -> None:
+    """A whole parameter is read as it is written."""
 
 
 def _persistent_buffers(trained: nn.Module) -> dict[str, Tensor]:
@@ -190,14 +210,30 @@ def _persistent_buffers(trained: nn.Module) -> dict[str, Tensor]:
 @torch.no_grad()
 def _fill(tensors: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
     """Copy `saved` into `tensors` after checking that all names and shapes are the same."""
+    _compare({name: tensor.shape for name, tensor in tensors.items()}, saved)
+    for name, tensor in tensors.items():
+        tensor.copy_(saved[name])
+
+
+@torch.no_grad()
+def _fill_parts(parts: Mapping[str, Held | Tensor], saved: Mapping[str, Tensor]) -> None:
+    """The same, of each tensor only the part that this process holds."""
+    _compare({name: torch.Size(part.shape) for name, part in parts.items()}, saved)
+    for name, part in parts.items():
+        if isinstance(part, Held):
+            part.read(saved, name)
+        else:
+            part.copy_(saved[name])
+
+
+def _compare(shapes: Mapping[str, torch.Size], saved: Mapping[str, Tensor]) -> None:
+    given = saved.shapes if isinstance(saved, ShardedTensors) else {name: value.shape for name, value in saved.items()}
     differences = {
-        "not in the checkpoint": [name for name in tensors if name not in saved],
-        "not in the model": [name for name in saved if name not in tensors],
-        "of another shape": [name for name in tensors if name in saved and tensors[name].shape != saved[name].shape],
+        "not in the checkpoint": [name for name in shapes if name not in given],
+        "not in the model": [name for name in given if name not in shapes],
+        "of another shape": [name for name in shapes if name in given and shapes[name] != given[name]],
     }
     found = [f"{len(names)} {what} ({', '.join(names[:5])})" for what, names in differences.items() if names]
     if found:
         mend = "Build the model from the config that it was trained with"
         raise UserError(f"the averaged weights do not fit the model: {'; '.join(found)}. {mend}")
-    for name, tensor in tensors.items():
-        tensor.copy_(saved[name])

@@ -20,6 +20,15 @@ from jobs.registry import data_class, method_class, nearest
 from jobs.tracking import TrackingConfig
 from medsynth.errors import UserError
 
+PRECISIONS = {
+    "auto": ("32-true", "bf16-mixed", "16-mixed"),
+    "ddp": ("32-true", "bf16-mixed", "16-mixed"),
+    "fsdp": ("32-true", "bf16-mixed", "16-mixed"),
+    "deepspeed2": ("32-true", "bf16-mixed"),
+    "deepspeed3": ("32-true", "bf16-mixed"),
+}
+"""The strategies, and the precisions that each trains with; weights that learn are float32 in all of them."""
+
 
 @dataclass
 class TrainConfig:
@@ -54,7 +63,7 @@ class HardwareConfig:
     nodes: int = 1
     """Machines."""
     strategy: str = "auto"
-    """auto (one process) or ddp."""
+    """auto (one process), ddp, fsdp (FSDP2), deepspeed2 or deepspeed3 (ZeRO's stages)."""
     precision: str = "32-true"
     """Lightning's name: 32-true, bf16-mixed, 16-mixed."""
     threads: Optional[int] = None
@@ -199,8 +208,14 @@ def _checked(config: DictConfig) -> DictConfig:
         raise UserError(_first_line(error)) from None
     if config.train.max_steps is None and config.train.max_epochs is None:
         raise UserError("the run has no end: give train.max_steps or train.max_epochs")
-    if config.hardware.devices * config.hardware.nodes > 1 and config.hardware.strategy == "auto":
-        raise UserError("more than one process needs hardware.strategy=ddp")
+    hardware = config.hardware
+    if hardware.devices * hardware.nodes > 1 and hardware.strategy == "auto":
+        raise UserError("more than one process needs hardware.strategy=ddp, fsdp, deepspeed2 or deepspeed3")
+    if hardware.precision not in PRECISIONS.get(hardware.strategy, ()):
+        known = "; ".join(f"{name} with {', '.join(precisions)}" for name, precisions in PRECISIONS.items())
+        raise UserError(
+            f"hardware.strategy={hardware.strategy} hardware.precision={hardware.precision}: there are {known}"
+        )
     for key in sorted(config.model.keys() & config.data.keys()):
         ours, theirs = config.model[key], config.data[key]
         if not OmegaConf.is_config(ours) and ours != theirs:

@@ -64,7 +64,8 @@ def _train(config, request):
     from callbacks.evaluation import Evaluation
     from callbacks.preemption import Preemption
     from jobs.config import instantiate
-    from jobs.runs import build_data, build_module, find_checkpoint, load_weights, use_cache, write_config
+    from jobs.runs import build_data, build_module, find_checkpoint, load_run, load_weights, use_cache, write_config
+    from jobs.strategies import is_sharded
     from jobs.summary import print_summary
     from jobs.tracking import RunTracker, run_facts, ui_command
 
@@ -75,7 +76,7 @@ def _train(config, request):
         torch.set_num_threads(config.hardware.threads)
     L.seed_everything(config.seed, workers=True, verbose=False)
     module = build_module(config)
-    _check_support(config, module)
+    check_support(config, module)
     for weights in module.required_weights():
         weights.require()
     use_cache(config, module)
@@ -111,7 +112,10 @@ def _train(config, request):
 
     if trainer.is_global_zero:
         best = find_checkpoint(run_dir, "best")
-        load_weights(module.cpu(), best)
+        if is_sharded(trainer.strategy):  # this process's module holds a part of the weights
+            module = load_run(run_dir, "best")[0]
+        else:
+            load_weights(module.cpu(), best)
         module.export(run_dir / "export")
         tracker.set_tags({"checkpoint.best": str(best), "export": str(run_dir / "export")})
         click.echo(f"best checkpoint {best}, exported to {run_dir / 'export'}")
@@ -119,7 +123,8 @@ def _train(config, request):
     return trainer
 
 
-def _check_support(config, module) -> None:
+def check_support(config, module) -> None:
+    """Raises UserError where the method does not train with the configured strategy."""
     strategy = config.hardware.strategy
     if strategy not in module.supports.strategies:
         known = ", ".join(sorted(module.supports.strategies))
@@ -130,11 +135,12 @@ def _build_trainer(config, evaluation, preemption, tracker):
     import lightning as L
     from lightning.pytorch.callbacks import LearningRateMonitor
 
-    from callbacks.checkpoint import DurableCheckpointIO, build_checkpoints
+    from callbacks.checkpoint import build_checkpoints
     from callbacks.class_pictures import ClassPictures
     from callbacks.ema import EMA
     from callbacks.progress import RunProgress, Throughput
     from jobs.config import accumulation, instantiate
+    from jobs.strategies import trainer_options
 
     train, hardware = config.train, config.hardware
     throughput = Throughput(train.global_batch_size)
@@ -147,12 +153,7 @@ def _build_trainer(config, evaluation, preemption, tracker):
     by_steps = train.validate_every_steps is not None
     micro_batches = accumulation(config)
     return L.Trainer(
-        accelerator=hardware.accelerator,
-        devices=hardware.devices,
-        num_nodes=hardware.nodes,
-        strategy=_strategy(hardware.strategy),
-        precision=hardware.precision,
-        plugins=[DurableCheckpointIO()],
+        **trainer_options(hardware, _plugins()),
         max_steps=train.max_steps or -1,
         max_epochs=train.max_epochs if train.max_epochs else -1,
         accumulate_grad_batches=micro_batches,
@@ -169,11 +170,14 @@ def _build_trainer(config, evaluation, preemption, tracker):
     )
 
 
-def _strategy(name: str):
-    from lightning.pytorch.strategies import DDPStrategy
+def _plugins() -> list:
+    from lightning.pytorch.plugins.environments import SLURMEnvironment
 
-    # Validation may give the processes different numbers of batches, which buffer broadcasts would wait for.
-    return DDPStrategy(broadcast_buffers=False) if name == "ddp" else name
+    from callbacks.checkpoint import DurableCheckpointIO
+
+    # Whoever started the job requeues it, and not Lightning.
+    slurm = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
+    return [DurableCheckpointIO(), *slurm]
 
 
 def _log_run(tracker, config, module, data, facts: dict[str, str]) -> None:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, final
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from datamodules.base import Conditions, ImageBatch
 from lightning_modules.optim import OptimConfig, configure_optimizers
@@ -32,7 +33,7 @@ class Supports:
     conditions: frozenset[str]
     """Of: captions, labels, control."""
     strategies: frozenset[str] = frozenset({"auto", "ddp"})
-    """Of: auto (one process), ddp, fsdp, deepspeed."""
+    """Of: auto (one process), ddp, fsdp, deepspeed2, deepspeed3 (ZeRO's stages)."""
 
 
 class GenerativeModule(L.LightningModule, ABC):
@@ -51,6 +52,7 @@ class GenerativeModule(L.LightningModule, ABC):
         super().__init__()
         self.config = config
         self._built = False
+        self._cut = False
 
     # What a method fills in
 
@@ -100,6 +102,10 @@ class GenerativeModule(L.LightningModule, ABC):
         """Networks that training changes without optimising them (a target network), by attribute name: saved too."""
         return {}
 
+    def sharded_networks(self) -> list[nn.Module]:
+        """Networks that fsdp shards, as they are called in a step; each is gathered whole but for its blocks."""
+        return list((self.trainable_modules() | self.averaged_modules()).values())
+
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """`torch.compile` the networks that each step runs, in place: names of weights and hooks stay."""
         for network in (self.trainable_modules() | self.averaged_modules()).values():
@@ -118,6 +124,10 @@ class GenerativeModule(L.LightningModule, ABC):
             self.to(memory_format=torch.channels_last)  # what convolutions are fastest in, on CPU and GPU
             self._freeze_the_rest()
             self._built = True
+            self.train(self.training)  # frozen networks evaluate from the first step on
+        if self._device_mesh is not None and not self._cut:  # a strategy that shards is attached
+            self._shard()
+            self._cut = True
 
     def setup(self, stage: str) -> None:
         """Hold frozen weights in the type that mixed precision computes in: half the memory, no cast at each step."""
@@ -176,6 +186,20 @@ class GenerativeModule(L.LightningModule, ABC):
         averaged = {f"{name}.{key}" for name, module in self.averaged_modules().items() for key in module.state_dict()}
         return trained - frozen | averaged
 
+    def _shard(self) -> None:
+        """FSDP2 on the networks that change, block by block; frozen weights stay whole in every process."""
+        mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(self.trainer.precision))
+        # Autocast computes; only what travels is narrow: weights to the processes. Gradients are summed in float32.
+        policy = MixedPrecisionPolicy(param_dtype=mixed, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        averaged = {p for module in self.averaged_modules().values() for p in module.parameters()}
+        for network in self.sharded_networks():
+            network.to(memory_format=torch.contiguous_format)  # FSDP2 cuts no other
+            whole = {p for p in network.parameters() if not p.requires_grad and p not in averaged}
+            # After each forward pass the parts alone are kept, so that the next one sees what was written to them.
+            options = {"mesh": self.device_mesh["data_parallel"], "reshard_after_forward": True}
+            for block in (*blocks(network), network):
+                fully_shard(block, **options, mp_policy=policy, ignored_params=whole)
+
     def _freeze_the_rest(self) -> None:
         trainable = {id(p) for module in self.trainable_modules().values() for p in module.parameters()}
         for parameter in self.parameters():
@@ -190,6 +214,13 @@ class GenerativeModule(L.LightningModule, ABC):
             for module in self.trainable_modules().values():
                 module.train(mode)
         return self
+
+
+def blocks(network: nn.Module) -> list[nn.Module]:
+    """The parts of a network that are gathered one at a time, inner ones first: libraries name `_no_split_modules`."""
+    parts = [module for module in network.modules() if module is not network and any(True for _ in module.parameters())]
+    names = {name for module in network.modules() for name in getattr(module, "_no_split_modules", None) or ()}
+    return [module for module in reversed(parts) if type(module).__name__ in names]
 
 
 def _seed(seed: int, device: torch.device) -> None:

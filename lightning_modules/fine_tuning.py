@@ -37,7 +37,7 @@ class FineTuning(Denoising):
     """Stable Diffusion whose U-Net, and text encoder if asked, learn whole or by low-rank updates."""
 
     config: FineTuningConfig
-    supports = Supports(conditions=frozenset({"captions"}))
+    supports = Supports(frozenset({"captions"}), frozenset({"auto", "ddp", "fsdp"}))
 
     def build(self) -> None:
         super().build()

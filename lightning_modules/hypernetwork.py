@@ -85,6 +85,10 @@ class HypernetworkModule(Denoising):
     def trainable_modules(self) -> dict[str, nn.Module]:
         return {"hypernetwork": self.hypernetwork}
 
+    def sharded_networks(self) -> list[nn.Module]:
+        """Each network on a context: they are called one by one."""
+        return [network for pair in self.hypernetwork.values() for network in pair.values()]
+
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """See `GenerativeModule`; the hypernetwork runs inside the U-Net."""
         self.unet.compile(*args, **kwargs)

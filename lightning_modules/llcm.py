@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from datamodules.base import ImageBatch
@@ -68,7 +69,7 @@ class LLCM(StableDiffusionBase):
 
     Config = LLCMConfig
     config: LLCMConfig
-    supports = Supports(conditions=frozenset({"captions"}))
+    supports = Supports(frozenset({"captions"}), frozenset({"auto", "ddp", "fsdp"}))
     guidance_is_input = True
 
     def build(self) -> None:
@@ -117,7 +118,7 @@ class LLCM(StableDiffusionBase):
         super().optimizer_step(*args, **kwargs)
         with torch.no_grad():
             average = get_ema_multi_avg_fn(self.config.target_decay)
-            average(list(self.target.parameters()), list(self.student.parameters()), None)
+            average(_parts(self.target), _parts(self.student), None)
 
     def export(self, directory: Path) -> None:
         """Write a pipeline folder whose scheduler is diffusers' LCMScheduler."""
@@ -163,3 +164,9 @@ class LLCM(StableDiffusionBase):
         # The embedding is of the paper's ω, as diffusers' pipelines have it.
         embedding = guidance_embedding(guidance - 1, self.config.guidance_dim)
         return network(z_t, t, encoder_hidden_states=context.embeddings, timestep_cond=embedding).sample.float()
+
+
+def _parts(network: nn.Module) -> list[Tensor]:
+    """What this process holds of each weight: all of it, or under fsdp and deepspeed3 a part."""
+    weights = [getattr(parameter, "ds_tensor", parameter) for parameter in network.parameters()]
+    return [weight.to_local() if isinstance(weight, DTensor) else weight for weight in weights]

@@ -88,7 +88,7 @@ class MSDM(LatentDiffusion):
     """A U-Net with text cross-attention that denoises the latents of a frozen autoencoder."""
 
     Config = MSDMConfig
-    supports = Supports(conditions=frozenset({"captions"}))
+    supports = Supports(frozenset({"captions"}), frozenset({"auto", "ddp", "fsdp"}))
 
     def build(self) -> None:
         config: MSDMConfig = self.config

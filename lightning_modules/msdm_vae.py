@@ -163,6 +163,10 @@ class MSDMVAEModule(GenerativeModule):
     def trainable_modules(self) -> dict[str, nn.Module]:
         return {"codec": self.codec}
 
+    def sharded_networks(self) -> list[nn.Module]:
+        """The autoencoder's parts: it is never called as a whole."""
+        return [part for part in self.codec.net.children() if any(True for _ in part.parameters())]
+
     def losses(self, batch: ImageBatch) -> dict[str, Tensor]:
         x = to_model_range(batch.images)
         random = SampleRandom(batch.seeds, self.device)

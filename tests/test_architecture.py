@@ -96,7 +96,7 @@ def test_every_config_parses_and_builds_on_the_meta_device(path):
 
 @pytest.mark.parametrize("path", [p for p in CONFIGS if "hardware" in p.parts], ids=str)
 def test_every_hardware_config_goes_with_a_preset(path):
-    config = load_config([REPOSITORY / "configs/msdm.yaml", REPOSITORY / path])
+    config = load_config([REPOSITORY / "configs/msdm.yaml", REPOSITORY / path], ["train.global_batch_size=64"])
     assert config.hardware.strategy in method_class("msdm").supports.strategies
 
 

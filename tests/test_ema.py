@@ -203,7 +203,7 @@ def test_resumed_average_is_that_of_the_undisturbed_run(tmp_path, every, accumul
 def test_state_loaded_after_the_fit_has_started_is_taken_too():
     source, late, module = EMA(EMAConfig(decay=0.9)), EMA(EMAConfig(decay=0.9)), Toy()
     trainer(source).fit(Toy())
-    late.on_fit_start(None, module)
+    late.on_fit_start(trainer(late), module)
     late.load_state_dict(source.state_dict())
     assert late.updates == source.updates
     assert_same(late.averaged_state(), source.averaged_state())

@@ -148,9 +148,9 @@ class DecoderLevel(nn.Module):
         self.deep_channels = inputs[-1]
 
     def forward(self, x_BCHW: Tensor, skips: list[Tensor], *condition: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The level's output, and the features that entered its last block. Takes its skips off the end of the list."""
-        for block in self.blocks:
-            entering_BCHW = torch.cat([x_BCHW, skips.pop()], dim=1)
+        """The level's output, and the features that entered its last block. `skips`: one a block, last first."""
+        for block, skip_BCHW in zip(self.blocks, reversed(skips), strict=True):
+            entering_BCHW = torch.cat([x_BCHW, skip_BCHW], dim=1)
             x_BCHW = block(entering_BCHW, *condition)
         return self.up(x_BCHW), entering_BCHW
 
@@ -173,6 +173,8 @@ class MSDMUNet(nn.Module):
 
     Raises UserError where these do not fit together.
     """
+
+    _no_split_modules = ("TextResBlock", "ResBlock")  # what sharding gathers at once, by the libraries' own name
 
     def __init__(
         self,
@@ -264,7 +266,8 @@ class MSDMUNet(nn.Module):
 
         entering = []
         for level in self.decoder:
-            h_BCHW, entering_BCHW = level(h_BCHW, skips, *condition)
+            skips, own = skips[: -len(level.blocks)], skips[-len(level.blocks) :]
+            h_BCHW, entering_BCHW = level(h_BCHW, own, *condition)
             entering.append(entering_BCHW)
         deep = [conv(features) for conv, features in zip(self.deep_convs, entering[-2::-1], strict=False)]
         return self.out_conv(h_BCHW), deep

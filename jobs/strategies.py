@@ -1,0 +1,208 @@
+"""How the processes of a run share its training state: `hardware.strategy` to a Lightning strategy."""
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins.precision import DeepSpeedPrecision, MixedPrecision, Precision
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, Strategy
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from callbacks.sharding import Held, Sharded, Slot
+from medsynth.errors import UserError
+
+
+def trainer_options(hardware: Any, plugins: list[Any]) -> dict[str, Any]:
+    """The Trainer's arguments for a `HardwareConfig`; `plugins` are the run's own."""
+    name, precision = hardware.strategy, hardware.precision
+    machine = {"accelerator": hardware.accelerator, "devices": hardware.devices, "num_nodes": hardware.nodes}
+    if name in ("auto", "ddp"):
+        strategy = Replicated() if name == "ddp" else "auto"
+        return {**machine, "strategy": strategy, "precision": precision, "plugins": plugins}
+    device = "cpu" if hardware.accelerator == "cpu" or not torch.cuda.is_available() else "cuda"
+    if name == "fsdp":
+        # As a plugin: by its name Lightning refuses float16 here, though torch scales sharded gradients.
+        strategy, plugin = FSDP2(), Precision() if precision == "32-true" else MixedPrecision(precision, device)
+    else:
+        strategy, plugin = ZeRO(int(name[-1]), precision), AutocastZeRO(precision, device)
+    # Parts that a validation in inference mode had gathered could not be trained afterwards.
+    return {**machine, "strategy": strategy, "plugins": [*plugins, plugin], "inference_mode": False}
+
+
+class Replicated(DDPStrategy):
+    """Every process holds everything; gradients are averaged."""
+
+    def __init__(self) -> None:
+        # Validation may give the processes different numbers of batches, which buffer broadcasts would wait for.
+        super().__init__(broadcast_buffers=False)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """The first process writes; all raise where it could not, and none waits for the others."""
+        failure = None
+        if self.is_global_zero:
+            try:
+                self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options)
+            except UserError as error:
+                failure = str(error)
+        failure = self.broadcast(failure)
+        if failure:
+            raise UserError(failure)
+
+
+class FSDP2(Sharded, ModelParallelStrategy):
+    """Each process holds rows of the trained weights and gathers a block's when the block runs (Zhao et al. 2023).
+
+    `GenerativeModule.configure_model` applies it. Frozen networks are whole in every process.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(data_parallel_size=1, tensor_parallel_size=1)
+
+    def setup_environment(self) -> None:
+        self._data_parallel_size = self.num_processes * self.num_nodes
+        super().setup_environment()
+
+    def held(self, parameter: nn.Parameter) -> Held | Tensor:
+        if not isinstance(parameter, DTensor):
+            return parameter.detach()
+        local = parameter.detach().to_local().view(-1)
+        _, offsets = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+        start = offsets[0] * math.prod(parameter.shape[1:]) if local.numel() else 0
+        return Held(local, start, tuple(parameter.shape))
+
+    def slot(self, parameter: nn.Parameter) -> Slot:
+        return Slot(self.inner_optimizer().state[parameter], parameter, 0, parameter.to_local().numel())
+
+    def publish(self) -> None:
+        """Nothing: every forward pass gathers anew."""
+
+    def inner_optimizer(self) -> torch.optim.Optimizer:
+        return self.optimizers[0]
+
+
+class AutocastZeRO(DeepSpeedPrecision):
+    """Autocast around DeepSpeed's engine too, so that sampling computes as training does."""
+
+    def __init__(self, precision: str, device: str):
+        super().__init__(precision)
+        self._device = device
+
+    def convert_input(self, data: Any) -> Any:
+        return data  # autocast casts where it should
+
+    def forward_context(self):
+        return torch.autocast(self._device, dtype=torch.bfloat16, enabled=self.precision == "bf16-mixed")
+
+
+class ZeRO(Sharded, DeepSpeedStrategy):
+    """DeepSpeed: each process holds an equal part of the optimizer's state and float32 weights (Rajbhandari et al.
+    2020), with stage 3 also of the weights that the forward pass reads. On GPUs, and on CPUs over gloo."""
+
+    def __init__(self, stage: int, precision: str):
+        super().__init__(stage=stage)
+        self.config["zero_optimization"]["overlap_comm"] = False
+        mixed = precision == "bf16-mixed"
+        self.config["torch_autocast"] = {"enabled": mixed, "dtype": "bfloat16"}
+        self.stage = stage
+        warnings.filterwarnings("ignore", module="deepspeed")
+
+    # DeepSpeed computes on CPUs as well; Lightning asks for GPUs.
+
+    @property
+    def root_device(self) -> torch.device:
+        device = super().root_device
+        return torch.device("cpu", self.local_rank) if device.type == "cpu" else device
+
+    def setup_environment(self) -> None:
+        if self.parallel_devices[0].type != "cpu":
+            super().setup_environment()
+            return
+        self.accelerator.setup_device(torch.device("cpu"))
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+    def setup(self, trainer: Any) -> None:
+        self.lightning_module.to(memory_format=torch.contiguous_format)  # parts are cut from the row-major tensor
+        super().setup(trainer)
+
+    def _setup_model_and_optimizer(self, model: Any, optimizer: Any, lr_scheduler: Any = None) -> tuple[Any, Any]:
+        """Keep frozen networks from DeepSpeed: they stay whole, and a process may run them when another does not.
+
+        For instance for captions that only one has not met: ZeRO-3 would wait for the other, whose weights are needed.
+        """
+        model.to(self.root_device)
+        children = dict(model._modules)
+        changing = {id(p) for network in model.sharded_networks() for p in network.parameters()}
+        for name, child in model.named_children():
+            if not any(id(parameter) in changing for parameter in child.parameters()):
+                _make_buffers(child)  # later walks over the parameters must not meet them
+                children[name], model._modules[name] = child, None
+        try:
+            return super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
+        finally:
+            model._modules.update(children)
+
+    def _format_config(self) -> None:
+        self._format_batch_size_and_grad_accum_config()  # all but bf16 and fp16, which would round the weights
+
+    def held(self, parameter: nn.Parameter) -> Held | Tensor:
+        if self.stage == 2:
+            return self._held_of_stage_2(parameter)
+        shape, tensor = tuple(parameter.ds_shape), parameter.ds_tensor
+        start = tensor.ds_numel * parameter.ds_zero_partition_rank
+        length = max(0, min(tensor.ds_numel, parameter.ds_numel - start))
+        if parameter.requires_grad:
+            group, offset, _ = self._zero.grad_position[self._zero.get_param_id(parameter)]
+            tensor = self._zero.fp32_partitioned_groups_flat[group][offset:]
+        return Held(tensor.detach().view(-1)[:length], start if length else 0, shape)
+
+    def slot(self, parameter: nn.Parameter) -> Slot:
+        length = self.held(parameter).values.numel()
+        if self.stage == 2:
+            flat, mapping = self._zero.single_partition_of_fp32_groups[0], parameter._hp_mapping
+            offset = mapping.hp_fragment_address.start if mapping else 0
+        else:
+            group, offset, _ = self._zero.grad_position[self._zero.get_param_id(parameter)]
+            flat = self._zero.fp32_partitioned_groups_flat[group]
+        return Slot(self.inner_optimizer().state[flat], flat, offset, length)
+
+    def publish(self) -> None:
+        if self.stage == 2:
+            self._zero.update_lp_params()
+            return
+        for group in range(len(self._zero.fp32_partitioned_groups_flat)):
+            self._zero._reassign_or_swap_out_partitioned_parameters(group)
+        persistent = self._zero.persistent_parameters
+        if persistent:
+            persistent[0].partition(persistent)
+            persistent[0].all_gather(persistent)
+
+    def inner_optimizer(self) -> torch.optim.Optimizer:
+        return self._zero.optimizer
+
+    @property
+    def _zero(self) -> Any:
+        return self.model.optimizer
+
+    def _held_of_stage_2(self, parameter: nn.Parameter) -> Held | Tensor:
+        if not parameter.requires_grad:
+            return parameter.detach()
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return Held(self._zero.single_partition_of_fp32_groups[0].detach()[:0], 0, tuple(parameter.shape))
+        return Held(mapping.hp_fragment.detach(), mapping.lp_fragment_address.start, tuple(parameter.shape))
+
+
+def _make_buffers(network: nn.Module) -> None:
+    for module in network.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            delattr(module, name)
+            module.register_buffer(name, parameter.detach(), persistent=False)
+
+
+def is_sharded(strategy: Strategy) -> bool:
+    """Whether a process's own module holds only parts of the weights."""
+    return isinstance(strategy, Sharded)
