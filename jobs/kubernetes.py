@@ -1,0 +1,130 @@
+"""Kubernetes manifests of training runs, all from the one template kubernetes.yaml.jinja.
+
+`python -m jobs.kubernetes` writes k8s/<preset>-train.yaml for every preset of configs/ anew.
+"""
+
+import math
+import re
+import subprocess
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from omegaconf import DictConfig
+
+from jobs.config import load_config, to_yaml
+from medsynth import __version__
+from medsynth.errors import UserError
+from medsynth.exit_codes import NO_PROGRESS, PREEMPTED, USER_ERROR
+
+REPOSITORY = Path(__file__).parent.parent
+IMAGE = f"medsynth:{__version__}"
+GPUS = 8
+"""Of a pod, where the batch allows."""
+
+# Of a pod, for each GPU; the smallest usual nodes of 8 have 96 CPUs and 680 GB.
+_CPUS, _MEMORY_GIB, _SHM_GIB = 10, 64, 8
+# A checkpoint of several GB may go to a slow volume.
+_GRACE = "preemption.grace_seconds=540"
+# Presets that were shrunk to a CPU are no training at full size.
+_SMALL = re.compile("_cpu(_|$)")
+
+
+def presets() -> list[Path]:
+    """The training presets of configs/, each with a manifest."""
+    return [path for path in sorted((REPOSITORY / "configs").glob("*.yaml")) if not _SMALL.search(path.stem)]
+
+
+def manifest_path(preset: Path) -> Path:
+    """Where the manifest of a preset is kept."""
+    return REPOSITORY / "k8s" / f"{preset.stem}-train.yaml"
+
+
+def load_for_pods(arguments: Sequence[str], nodes: int = 1, gpus: int | None = None) -> DictConfig:
+    """The config of a run on `nodes` pods of `gpus` processes.
+
+    arguments: as of `medsynth train`; under them lie configs/hardware/a100x8.yaml and a longer time to save.
+    gpus: by default 8, or as many as the global batch can be divided among.
+
+    Raises:
+        UserError: as `load_config`, and where the batch cannot be divided so.
+    """
+    files = [REPOSITORY / "configs/hardware/a100x8.yaml", *(name for name in arguments if "=" not in name)]
+    settings = [_GRACE, *(argument for argument in arguments if "=" in argument)]
+    if gpus is None:
+        alone = load_config(files, [*settings, "hardware.devices=1", "hardware.nodes=1"])
+        gpus = most_gpus(alone, nodes)
+    return load_config(files, [*settings, f"hardware.devices={gpus}", f"hardware.nodes={nodes}"])
+
+
+def most_gpus(config: DictConfig, nodes: int = 1) -> int:
+    """The most GPUs a node, 8 or a half of it and so on, among which `train.global_batch_size` can be divided."""
+    batches = config.train.global_batch_size // config.train.device_batch_size
+    return next((gpus for gpus in (GPUS, 4, 2) if batches % (gpus * nodes) == 0), 1)
+
+
+def render(config: DictConfig, *, name: str | None = None, image: str = IMAGE) -> str:
+    """The manifest of a run: `hardware.nodes` pods of `hardware.devices` processes, as YAML of several objects.
+
+    name: of the Job and all that is its own; by default that of the run directory, and "-train".
+
+    Raises:
+        UserError: `name` cannot name a Kubernetes object.
+    """
+    hardware = config.hardware
+    template = Environment(
+        loader=PackageLoader("jobs", "."), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    ).get_template("kubernetes.yaml.jinja")
+    return template.render(
+        name=_object_name(name or f"{Path(config.run_dir).name}-train"),
+        image=image,
+        version=__version__,
+        method=config.method,
+        config=to_yaml(config),
+        nodes=hardware.nodes,
+        processes=hardware.devices,
+        on_gpus=hardware.accelerator != "cpu",
+        cpus=_CPUS * hardware.devices,
+        memory=_MEMORY_GIB * hardware.devices,
+        shm=_SHM_GIB * hardware.devices,
+        data_read_only="class_folder" not in config.data,  # where class pictures are drawn into
+        grace=math.ceil(config.preemption.grace_seconds),
+        port=29500,
+        restarts=3,
+        user=10001,  # of the Dockerfile
+        exit_codes={"user_error": USER_ERROR, "preempted": PREEMPTED, "no_progress": NO_PROGRESS},
+    )
+
+
+def apply(manifest: str) -> None:
+    """Create what `manifest` says in the cluster and namespace that kubectl is set to.
+
+    Raises:
+        UserError: there is no kubectl, or it refuses.
+    """
+    try:
+        subprocess.run(["kubectl", "apply", "-f", "-"], input=manifest, text=True, check=True)
+    except FileNotFoundError:
+        raise UserError("there is no kubectl here; --dry-run prints the manifest instead") from None
+    except subprocess.CalledProcessError:
+        raise UserError("kubectl has not taken the manifest; what it says stands above") from None
+
+
+def manifests() -> Iterator[tuple[Path, str]]:
+    """Path and text of every committed manifest."""
+    for preset in presets():
+        yield manifest_path(preset), render(load_for_pods([str(preset)]), name=f"{preset.stem}-train")
+
+
+def _object_name(name: str) -> str:
+    """`name` as a label of DNS, the form of the names of Services."""
+    label = re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
+    # Pods add "-" and their index.
+    if not label or not label[0].isalpha() or len(label) > 58:
+        raise UserError(f"{name} names no Kubernetes object: it takes a letter first and at most 58 characters")
+    return label
+
+
+if __name__ == "__main__":
+    for path, text in manifests():
+        path.write_text(text)
