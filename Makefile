@@ -2,7 +2,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DATA := ../shared/data/colonoscopy
 
-.PHONY: help install quickstart colonoscopy benchmark test lint format clean
+.PHONY: help install quickstart colonoscopy benchmark manifests test cluster lint format clean
 
 help:  ## Show what there is to make
 	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,8 +26,14 @@ colonoscopy: install  ## Train MSDM on real pictures, DATA=FOLDER in MEDVQA-GI's
 benchmark: install  ## Time the training step of each method beside a plain loop, on the GPU if there is one
 	$(BIN)/python -m benchmarks.train_step
 
-test: install lint  ## Lint and run every test
-	$(BIN)/python -m pytest
+manifests: install  ## Write k8s/ anew from the configs
+	$(BIN)/python -m jobs.kubernetes
+
+test: install lint  ## Lint and run every test but those on a real Slurm
+	$(BIN)/python -m pytest --ignore=tests/cluster
+
+cluster: install  ## Test on a real Slurm of two nodes on this machine; as root, it installs slurm-wlm and munge
+	$(BIN)/python -m pytest tests/cluster
 
 lint: install  ## Check style
 	$(BIN)/ruff check .

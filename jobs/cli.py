@@ -13,6 +13,7 @@ from medsynth.errors import UserError
 
 COMMANDS = {
     "train": "Train a method from config files.",
+    "submit": "Train on Slurm, on Kubernetes, or here in the background.",
     "sample": "Draw pictures for a list of prompts.",
     "evaluate": "Score a folder of pictures against a folder of real ones.",
     "compare": "Compare the runs of an experiment, and the papers' own figures.",

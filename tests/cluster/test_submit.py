@@ -1,0 +1,111 @@
+"""`medsynth submit` on a real Slurm and on this machine."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from tests.cluster.cluster import RUN, SETTINGS, assert_same_run, step, wait_for
+
+SUBMIT = [sys.executable, "-m", "jobs.submit", "configs/msdm.yaml", *SETTINGS]
+
+
+def start(slurm, folder: Path, *options: str) -> subprocess.Popen[str]:
+    command = [*SUBMIT, *options, "--watch"]
+    out = (folder / "watched.log").open("w")
+    return subprocess.Popen(command, cwd=folder, env=slurm.environment, stdout=out, stderr=subprocess.STDOUT, text=True)
+
+
+def job_of(folder: Path) -> str:
+    """The id that `medsynth submit` has printed."""
+    lines = wait_for(lambda: (folder / "watched.log").read_text().splitlines(), "a job", 180)
+    assert lines[0].startswith("job "), lines
+    return lines[0].split()[1]
+
+
+def watched(folder: Path) -> str:
+    return (folder / "watched.log").read_text()
+
+
+def test_a_run_through_slurm_is_watched_through_a_preemption(slurm, folders, undisturbed):
+    folder = folders("submitted")
+    process = start(slurm, folder, "--cluster=slurm", "--nodes=2", "--gpus=1", "--time=1:00:00")
+    job = job_of(folder)
+    wait_for(lambda: step(folder) > 0, f"a step: {watched(folder)}", 180)
+    slurm.call("scancel", "--signal=USR1", job)  # what --signal does ahead of the time limit
+    assert process.wait(400) == 0, watched(folder)
+    fields = slurm.end(job)
+    assert (fields["JobState"], fields["Restarts"], fields["TimeLimit"]) == ("COMPLETED", "1", "01:00:00")
+    assert_same_run(folder, undisturbed)
+    assert "MLflow: mlflow ui --backend-store-uri sqlite:///" in watched(folder)
+    assert "resuming from" in watched(folder)
+
+
+def test_a_submitted_run_that_its_owner_cancels_stays_cancelled(slurm, folders):
+    folder = folders("cancelled")
+    process = start(slurm, folder, "--cluster=slurm", "--nodes=1", "--gpus=1", "train.device_batch_size=4")
+    job = job_of(folder)
+    wait_for(lambda: step(folder) > 0, f"a step: {watched(folder)}", 180)
+    slurm.call("scancel", job)
+    fields = slurm.end(job)
+    assert (fields["JobState"], fields["Restarts"]) == ("CANCELLED", "0"), watched(folder)
+    assert process.wait(60) != 0
+
+
+def test_a_local_run_goes_on_after_a_preemption(slurm, folders, undisturbed):
+    folder = folders("local")
+    process = start(slurm, folder, "--cluster=local", "--gpus=2", "hardware.strategy=ddp")
+    job = job_of(folder)
+    wait_for(lambda: step(folder) > 0, f"a step: {watched(folder)}", 180)
+    os.kill(int(job), signal.SIGTERM)  # its controller passes it on
+    assert process.wait(400) == 0, watched(folder)
+    assert "resuming from" in watched(folder)
+    assert_same_run(folder, undisturbed)
+
+
+def test_what_the_job_ends_with_is_what_watch_ends_with(slurm, folders):
+    folder = folders("refused")
+    process = start(slurm, folder, "--cluster=local", "train.device_batch_size=4", "data.root=nowhere")
+    assert process.wait(180) == 2
+    assert "nowhere" in watched(folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--cluster=slurm", "model.optim.rate=1"], "there is no key model.optim.rate"),
+        (["--cluster=local", "--nodes=2", "hardware.strategy=ddp"], "--cluster local is this machine alone"),
+        (["--cluster=slurm", "--time=1h"], "give [DAYS-]HOURS:MINUTES:SECONDS"),
+        (["--cluster=slurm", "--gpus=1", "--nodes=2", "hardware.strategy=dpp"], "hardware.strategy=dpp"),
+    ],
+)
+def test_a_mistake_is_refused_before_anything_is_submitted(slurm, folders, options, said):
+    folder = folders("mistake")
+    result = slurm.run(*SUBMIT, *options, cwd=folder)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert said in result.stderr
+    assert not (folder / "runs/tiny-msdm").exists()
+
+
+def test_without_a_site_there_is_one_line(slurm, folders):
+    folder = folders("nosite")
+    (folder / "slurm/site.env").unlink()
+    result = slurm.run(*SUBMIT, "--cluster=slurm", cwd=folder)
+    assert result.returncode == 2
+    assert result.stderr == "medsynth: slurm/site.env is missing; copy slurm/site.env.example and fill it in\n"
+
+
+def test_dry_run_shows_what_would_be_submitted(slurm, folders):
+    folder = folders("dry")
+    options = ["--cluster=slurm", "--nodes=2", "--gpus=1", "--time=2-00:00:00", "--dry-run"]
+    printed = slurm.call(*SUBMIT, *options, cwd=folder)
+    for line in ("#SBATCH --nodes=2", "#SBATCH --ntasks-per-node=1", "#SBATCH --time=2880", "#SBATCH --requeue"):
+        assert line in printed.splitlines()
+    assert "#SBATCH --signal=USR1@300" in printed.splitlines()
+    config = OmegaConf.create(printed[printed.index("method: msdm") :])
+    assert config.hardware.nodes == 2
+    assert not (folder / RUN).exists()
