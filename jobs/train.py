@@ -218,6 +218,10 @@ def _quieten() -> None:
         ".*isinstance.treespec.*",
         ".*smaller than the logging interval.*",
         ".*found .* module.s. in eval mode.*",
+        ".*It is recommended to use .self.log.*sync_dist=True.*",  # what is logged so is the same in all processes
+        ".*have overridden `transfer_batch_to_device`.*",
+        ".*`srun` command is available.*",
+        ".*`broadcast_buffers` is deprecated.*",  # the name that takes its place is not in every torch we run with
     ):
         warnings.filterwarnings("ignore", message)
 

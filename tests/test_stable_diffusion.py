@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler, StableDiffusionPipeline
+from diffusers import DDPMScheduler, PriorTransformer, StableDiffusionPipeline
 from diffusers.training_utils import compute_snr
 from torch import Tensor
 
@@ -15,6 +15,7 @@ from datamodules.base import Conditions, ImageBatch, derive_seed
 from jobs.config import load_config
 from jobs.runs import build_module
 from jobs.train import train
+from lightning_modules.adapters import AdapterConfig, attach, merged
 from lightning_modules.base import GenerativeModule
 from lightning_modules.diffusion import SampleRandom
 from medsynth.errors import UserError
@@ -184,6 +185,39 @@ def test_a_fresh_adapter_changes_nothing_and_learns_alone(folders):
     assert len(layers) == 4 * 2 * 4  # q, k, v, out of self- and cross-attention in four transformer blocks
     expected = sum(2 * (layer.in_features + layer.out_features) for layer in layers)
     assert sum(p.numel() for p in module.parameters() if p.requires_grad) == expected
+
+
+def test_adapters_go_on_other_networks_too():
+    """A diffusion prior: the update merged into a plain copy gives the adapted network's output."""
+    shape = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 4,
+        "num_layers": 1,
+        "embedding_dim": 8,
+        "num_embeddings": 4,
+    }
+    torch.manual_seed(0)
+    plain, adapted = PriorTransformer(**shape), PriorTransformer(**shape)
+    adapted.load_state_dict(plain.state_dict())
+    config = AdapterConfig(rank=2, alpha=3.0)
+    attach(adapted, config, "model.adapter")
+    assert [name for name, p in adapted.named_parameters() if p.requires_grad]
+    generator = torch.Generator().manual_seed(1)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(generator=generator)
+    inputs = {
+        "hidden_states": torch.randn(2, 8),
+        "timestep": torch.tensor([1, 900]),
+        "proj_embedding": torch.randn(2, 8),
+    }
+    inputs["encoder_hidden_states"] = torch.randn(2, 4, 8)
+    with torch.no_grad():
+        before = plain(**inputs).predicted_image_embedding
+        expected = adapted.eval()(**inputs).predicted_image_embedding
+        whole = merged(plain, adapted, config).eval()(**inputs).predicted_image_embedding
+    assert not torch.allclose(before, expected)
+    torch.testing.assert_close(whole, expected)
 
 
 def test_an_adapter_of_no_layer_is_refused_with_the_layers_there_are(folders):
