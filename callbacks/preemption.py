@@ -165,7 +165,8 @@ class Preemption(Checkpoint):
     def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         self.leave_if_asked()
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Before `on_validation_end`, where the checkpoints are saved that a validation is done in.
         self._validating = False
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -194,8 +195,7 @@ class Preemption(Checkpoint):
         """Lightning has set its own handler of SIGTERM, which leaves without saving; and before each batch it asks all
         processes whether one got the signal, for which each waits until its GPU has nothing left to do."""
         for number in SIGNALS:
-            if threading.current_thread() is threading.main_thread():
-                signal.signal(number, _do_nothing)
+            signal.signal(number, _do_nothing)
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
 
     def _tell(self) -> bool:

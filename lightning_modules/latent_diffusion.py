@@ -212,9 +212,8 @@ class LatentDiffusion(GenerativeModule):
         scheduler.set_timesteps(steps or self.config.sampler.steps, device=self.device)
         captions = conditions.captions or [""] * len(seeds)
         control = conditions.control
-        if (
-            guidance != 1 and not self.guidance_is_input
-        ):  # the unconditional half is told no words, but has the same control
+        if guidance != 1 and not self.guidance_is_input:
+            # The unconditional half is told no words, but has the same control.
             captions = [""] * len(seeds) + captions
             control = None if control is None else torch.cat([control, control])
         context = self.condition(replace(conditions, captions=captions, labels=None, control=control))

@@ -78,7 +78,8 @@ def check_like_undisturbed(run: Path, undisturbed: Path) -> None:
     ours, theirs = (torch.load(r / "checkpoints/last.ckpt/state.pt", weights_only=True) for r in (run, undisturbed))
     for key in ("optimizer_states", "lr_schedulers", "global_step"):
         torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=0)
-    assert ours["callbacks"]["EMA"] == theirs["callbacks"]["EMA"]
+    for key in ("EMA", "Evaluation"):
+        assert ours["callbacks"][key] == theirs["callbacks"][key]
     assert metrics(run) == metrics(undisturbed)
 
 
@@ -116,6 +117,12 @@ def test_a_run_stopped_anywhere_goes_on_as_if_it_had_not_been(place, undisturbed
     check_like_undisturbed(here / "run", undisturbed)
     assert status(here / "run") == "FINISHED"
     assert not (here / "run" / ATTEMPTS_FILE).exists()
+
+
+def test_a_validation_that_is_done_is_not_done_again(undisturbed, phantom, here):
+    train(configured(phantom, "run", "train.max_steps=3"))
+    train(configured(phantom, "run"))
+    check_like_undisturbed(here / "run", undisturbed)
 
 
 def test_a_signal_during_a_save_is_answered_after_it(undisturbed, phantom, here):
