@@ -60,6 +60,13 @@ def round_outline(cosine: Array, sine: Array, rng: np.random.Generator) -> Array
 # Files
 
 
+def check_numbers(images: int, size: int, seed: int, least_size: int) -> None:
+    """Raise UserError unless a set of that many phantoms of that side and seed can be drawn."""
+    if images < 1 or size < least_size or seed < 0:
+        given = f"images={images}, size={size}, seed={seed}"
+        raise UserError(f"{given}: give images >= 1, size >= {least_size} and seed >= 0")
+
+
 def write_once(out: Path, recipe: dict[str, Any], files: Sequence[str], fill: Callable[[Path], None]) -> bool:
     """Let `fill(folder)` write a data set, and name that folder `out` when it is complete.
 

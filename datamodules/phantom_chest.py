@@ -18,8 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
-from datamodules.drawing import Array, polar, ramp, round_outline, waves, write_once
-from medsynth.errors import UserError
+from datamodules.drawing import Array, check_numbers, polar, ramp, round_outline, waves, write_once
 
 Points = NDArray[np.float64]
 
@@ -361,8 +360,7 @@ def write_chest(
     Raises:
         UserError: for numbers out of range, and where `out` holds anything else or cannot be written.
     """
-    if images < 1 or size < 48 or seed < 0:
-        raise UserError(f"images={images}, size={size}, seed={seed}: give images >= 1, size >= 48 and seed >= 0")
+    check_numbers(images, size, seed, least_size=48)
     recipe = {"phantoms": "chest", "drawing": DRAWING, "images": images, "seed": seed, "size": size, "dicom": dicom}
     names = [f"phantom-{index:06}" for index in range(images)]
     pictures = [f"images/{name}{_suffix(index, dicom)}" for index, name in enumerate(names)]

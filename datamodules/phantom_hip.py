@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from datamodules.drawing import Array, ramp, waves, write_once
+from datamodules.drawing import Array, check_numbers, ramp, waves, write_once
 from datamodules.layouts import Entry, layout_writer, read_catalogue
 from medsynth.errors import UserError
 
@@ -485,8 +485,7 @@ def write_hips(
     Raises:
         UserError: for numbers out of range, and where `out` holds anything else or cannot be written.
     """
-    if images < 1 or size < 16 or seed < 0:
-        raise UserError(f"images={images}, size={size}, seed={seed}: give images >= 1, size >= 16 and seed >= 0")
+    check_numbers(images, size, seed, least_size=16)
     recipe = {"phantoms": "hip", "drawing": DRAWING, "images": images, "seed": seed, "size": size, "layout": layout}
     drawn = write_once(out, recipe, [], lambda folder: _write_set(folder, recipe, progress))
     if not drawn and (found := sum(len(t.rows) for t in read_catalogue(out, layout).splits.values())) < images:

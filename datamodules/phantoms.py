@@ -17,8 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from datamodules.drawing import Array, polar, ramp, round_outline, triple_angle, waves, write_once
-from medsynth.errors import UserError
+from datamodules.drawing import Array, check_numbers, polar, ramp, round_outline, triple_angle, waves, write_once
 
 Window = tuple[slice, slice]
 
@@ -469,8 +468,7 @@ def write_colonoscopy(
     Raises:
         UserError: for numbers out of range, and where `out` holds anything else or cannot be written.
     """
-    if images < 1 or size < 16 or seed < 0:
-        raise UserError(f"images={images}, size={size}, seed={seed}: give images >= 1, size >= 16 and seed >= 0")
+    check_numbers(images, size, seed, least_size=16)
     recipe = {"phantoms": "colonoscopy", "drawing": DRAWING, "images": images, "seed": seed, "size": size}
     tables = ["prompt-gt.csv", "test-prompts.csv", "truth.json"]
     files = [*tables, *(f"images/{_name(index)}.jpg" for index in range(images))]
