@@ -34,6 +34,8 @@ class Held(NamedTuple):
     def read(self, tensors: Mapping[str, Tensor], name: str) -> None:
         """Fill the part from the whole tensor `name` of a checkpoint."""
         stop = self.start + self.values.numel()
+        if stop == self.start:
+            return
         if isinstance(tensors, ShardedTensors):
             part = tensors.part(name, self.start, stop)
         else:

@@ -216,6 +216,8 @@ def _checked(config: DictConfig) -> DictConfig:
         raise UserError(
             f"hardware.strategy={hardware.strategy} hardware.precision={hardware.precision}: there are {known}"
         )
+    if hardware.compile and hardware.strategy.startswith("deepspeed"):
+        raise UserError(f"hardware.compile: not with hardware.strategy={hardware.strategy}; take ddp or fsdp")
     for key in sorted(config.model.keys() & config.data.keys()):
         ours, theirs = config.model[key], config.data[key]
         if not OmegaConf.is_config(ours) and ours != theirs:

@@ -93,6 +93,10 @@ class AutocastZeRO(DeepSpeedPrecision):
     def convert_input(self, data: Any) -> Any:
         return data  # autocast casts where it should
 
+    def backward(self, tensor: Tensor, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        # Lightning has divided by the number of micro-batches; DeepSpeed would once more.
+        super().backward(tensor, model, optimizer, *args, scale_wrt_gas=False, **kwargs)
+
     def forward_context(self):
         return torch.autocast(self._device, dtype=torch.bfloat16, enabled=self.precision == "bf16-mixed")
 
@@ -103,7 +107,6 @@ class ZeRO(Sharded, DeepSpeedStrategy):
 
     def __init__(self, stage: int, precision: str):
         super().__init__(stage=stage)
-        self.config["zero_optimization"]["overlap_comm"] = False
         mixed = precision == "bf16-mixed"
         self.config["torch_autocast"] = {"enabled": mixed, "dtype": "bfloat16"}
         self.stage = stage
@@ -122,6 +125,7 @@ class ZeRO(Sharded, DeepSpeedStrategy):
             return
         self.accelerator.setup_device(torch.device("cpu"))
         self.set_world_ranks()
+        _without_shared_memory()
         self._init_deepspeed_distributed()
 
     def setup(self, trainer: Any) -> None:
@@ -134,16 +138,18 @@ class ZeRO(Sharded, DeepSpeedStrategy):
         For instance for captions that only one has not met: ZeRO-3 would wait for the other, whose weights are needed.
         """
         model.to(self.root_device)
-        children = dict(model._modules)
+        children = dict(model.named_children())
         changing = {id(p) for network in model.sharded_networks() for p in network.parameters()}
-        for name, child in model.named_children():
-            if not any(id(parameter) in changing for parameter in child.parameters()):
-                _make_buffers(child)  # later walks over the parameters must not meet them
-                children[name], model._modules[name] = child, None
+        shown = {name: c for name, c in children.items() if any(id(p) in changing for p in c.parameters())}
+        model._modules.update(dict.fromkeys(children.keys() - shown.keys()))
         try:
-            return super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
+            engine, optimizer = super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
         finally:
             model._modules.update(children)
+        if self.stage == 3:
+            _walk_only(engine.optimizer, nn.ModuleDict(shown))
+            _gather_anew(engine.optimizer, [p for m in model.averaged_modules().values() for p in m.parameters()])
+        return engine, optimizer
 
     def _format_config(self) -> None:
         self._format_batch_size_and_grad_accum_config()  # all but bf16 and fp16, which would round the weights
@@ -196,11 +202,29 @@ class ZeRO(Sharded, DeepSpeedStrategy):
         return Held(mapping.hp_fragment.detach(), mapping.lp_fragment_address.start, tuple(parameter.shape))
 
 
-def _make_buffers(network: nn.Module) -> None:
-    for module in network.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            delattr(module, name)
-            module.register_buffer(name, parameter.detach(), persistent=False)
+def _walk_only(zero: Any, networks: nn.Module) -> None:
+    """Let ZeRO-3 look for gathered parameters, after each step, in `networks` instead of in the whole module."""
+    from deepspeed.runtime.zero.partition_parameters import _init_external_params
+
+    _init_external_params(networks)
+    zero.module = zero.parameter_offload.module = networks
+
+
+def _gather_anew(zero: Any, parameters: list[nn.Parameter]) -> None:
+    """Keep ZeRO-3 from holding the small ones of `parameters` whole, which it renews at its own steps only."""
+    for parameter in parameters:
+        if parameter.ds_persist:
+            parameter.ds_persist = False
+            parameter.partition([parameter])
+    zero.persistent_parameters[:] = [parameter for parameter in zero.persistent_parameters if parameter.ds_persist]
+
+
+def _without_shared_memory() -> None:
+    """Let processes on CPUs talk through gloo alone: the other way is compiled first, and spins while it waits."""
+    from deepspeed.ops import __compatible_ops__
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+
+    __compatible_ops__[ShareMemCommBuilder.NAME] = False
 
 
 def is_sharded(strategy: Strategy) -> bool:

@@ -42,10 +42,22 @@ def estimate_memory(module: GenerativeModule, data: ImageDataModule, config: Dic
 
     Activations are measured: what autograd keeps for one picture, times the pictures a process holds at once.
     """
-    trained, frozen = count_parameters(module)
-    sizes = {"weights": 4 * (trained + frozen), "gradients": 4 * trained, "optimizer": 8 * trained}
+    hardware, (trained, frozen) = config.hardware, count_parameters(module)
+    averaged = sum(p.numel() for network in module.averaged_modules().values() for p in network.parameters())
+    processes = hardware.devices * hardware.nodes
+    state_parts = 1 if hardware.strategy in ("auto", "ddp") else processes
+    weight_parts = 1 if hardware.strategy == "deepspeed2" else state_parts
+    width = 4 if hardware.precision == "32-true" else 2  # of frozen weights, in bytes
+    part = 4 * trained // state_parts
+    sizes = {
+        "weights": 4 * (trained + averaged) // weight_parts + width * (frozen - averaged),
+        "gradients": part,
+        "optimizer": 2 * part,
+    }
+    if hardware.strategy.startswith("deepspeed"):
+        sizes["weights"] += part  # its optimizer steps on a copy
     if config.ema.decay:
-        sizes["average"] = 4 * trained
+        sizes["average"] = part
     sizes["activations"] = _activations(module, data) * config.train.device_batch_size
     return sizes
 

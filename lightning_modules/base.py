@@ -26,6 +26,10 @@ def to_image_range(images: Tensor) -> Tensor:
     return (images.float() / 2 + 0.5).clamp(0, 1)
 
 
+STRATEGIES = frozenset({"auto", "ddp", "fsdp", "deepspeed2", "deepspeed3"})
+"""How processes can share the training state: auto (one process), ddp, fsdp (FSDP2), ZeRO's stages 2 and 3."""
+
+
 @dataclass(frozen=True)
 class Supports:
     """What a method can be asked for; checked before anything is launched."""
@@ -33,7 +37,7 @@ class Supports:
     conditions: frozenset[str]
     """Of: captions, labels, control."""
     strategies: frozenset[str] = frozenset({"auto", "ddp"})
-    """Of: auto (one process), ddp, fsdp, deepspeed2, deepspeed3 (ZeRO's stages)."""
+    """Of `STRATEGIES`."""
 
 
 class GenerativeModule(L.LightningModule, ABC):

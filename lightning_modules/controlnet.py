@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
 from datamodules.base import CONTROL_CHANNELS, Conditions, ImageBatch
-from lightning_modules.base import Supports, to_image_range
+from lightning_modules.base import STRATEGIES, Supports, to_image_range
 from lightning_modules.diffusion import SampleRandom, to_original
 from lightning_modules.image_prompt import ImagePrompt, load_image_encoder
 from lightning_modules.latent_diffusion import Context, Noised
@@ -97,7 +97,7 @@ class ControlNet(Denoising):
 
     Config = ControlNetConfig
     config: ControlNetConfig
-    supports = Supports(conditions=frozenset({"captions", "control"}))
+    supports = Supports(frozenset({"captions", "control"}), STRATEGIES)
 
     def build(self) -> None:
         super().build()

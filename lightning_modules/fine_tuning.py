@@ -7,7 +7,7 @@ from diffusers import StableDiffusionPipeline
 from torch import nn
 
 from lightning_modules.adapters import AdapterConfig, adapter_metadata, adapter_state, attach, merged
-from lightning_modules.base import Supports
+from lightning_modules.base import STRATEGIES, Supports
 from lightning_modules.sd import Denoising, DenoisingConfig
 from medsynth.errors import UserError
 
@@ -37,7 +37,7 @@ class FineTuning(Denoising):
     """Stable Diffusion whose U-Net, and text encoder if asked, learn whole or by low-rank updates."""
 
     config: FineTuningConfig
-    supports = Supports(frozenset({"captions"}), frozenset({"auto", "ddp", "fsdp"}))
+    supports = Supports(frozenset({"captions"}), STRATEGIES)
 
     def build(self) -> None:
         super().build()

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from datamodules.base import Conditions
-from lightning_modules.base import Supports
+from lightning_modules.base import STRATEGIES, Supports
 from lightning_modules.nets.hypernetwork import ACTIVATIONS, INITIALISATIONS, Hypernetwork, context_widths
 from lightning_modules.sd import Denoising, DenoisingConfig
 from medsynth.errors import UserError
@@ -68,7 +68,7 @@ class HypernetworkModule(Denoising):
 
     Config = HypernetworkConfig
     config: HypernetworkConfig
-    supports = Supports(conditions=frozenset({"captions"}))
+    supports = Supports(frozenset({"captions"}), STRATEGIES)
 
     def build(self) -> None:
         super().build()

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from datamodules.base import ImageBatch
-from lightning_modules.base import Supports
+from lightning_modules.base import STRATEGIES, Supports
 from lightning_modules.diffusion import SampleRandom, add_noise, guide, to_noise, to_original
 from lightning_modules.latent_diffusion import Context, Denoised, SamplerConfig
 from lightning_modules.optim import OptimConfig
@@ -69,7 +69,7 @@ class LLCM(StableDiffusionBase):
 
     Config = LLCMConfig
     config: LLCMConfig
-    supports = Supports(frozenset({"captions"}), frozenset({"auto", "ddp", "fsdp"}))
+    supports = Supports(frozenset({"captions"}), STRATEGIES)
     guidance_is_input = True
 
     def build(self) -> None:

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from datamodules.base import ImageBatch
-from lightning_modules.base import Supports, to_model_range
+from lightning_modules.base import STRATEGIES, Supports, to_model_range
 from lightning_modules.diffusion import (
     SampleRandom,
     gaussian_kl,
@@ -88,7 +88,7 @@ class MSDM(LatentDiffusion):
     """A U-Net with text cross-attention that denoises the latents of a frozen autoencoder."""
 
     Config = MSDMConfig
-    supports = Supports(frozenset({"captions"}), frozenset({"auto", "ddp", "fsdp"}))
+    supports = Supports(frozenset({"captions"}), STRATEGIES)
 
     def build(self) -> None:
         config: MSDMConfig = self.config
