@@ -4,7 +4,7 @@ Zhang et al. 2023, "Adding conditional control to text-to-image diffusion models
 diffusion model for X-ray segmentation data generation".
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,11 @@ class ControlNet(Denoising):
     Config = ControlNetConfig
     config: ControlNetConfig
     supports = Supports(frozenset({"captions", "control"}), STRATEGIES)
+
+    def __init__(self, config: ControlNetConfig):
+        super().__init__(config)
+        if config.discriminates:  # `adversarial_terms` calls it with its weights detached, which must be whole for that
+            self.supports = replace(self.supports, strategies=frozenset({"auto", "ddp", "deepspeed2"}))
 
     def build(self) -> None:
         super().build()

@@ -197,3 +197,10 @@ def test_the_estimated_memory_is_shared_among_the_processes(phantom):
     assert state == pytest.approx(
         {"ddp": 20 * trained, "fsdp": 5 * trained, "deepspeed2": 9 * trained, "deepspeed3": 6 * trained}, abs=32
     )
+
+
+def test_a_discriminator_that_is_read_whole_is_not_cut(here, phantoms):
+    settings = ["model.adversarial_weight=0.1", "model.discriminator_widths=[16,16]", "run_dir=run"]
+    machine = ["hardware.strategy=fsdp", "hardware.devices=2", "train.device_batch_size=2"]
+    with pytest.raises(UserError, match="hardware.strategy=fsdp: controlnet trains with auto, ddp, deepspeed2$"):
+        train(tiny("controlnet", phantoms, *settings, *machine))
