@@ -15,7 +15,10 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.loops import _FitLoop
+from lightning.pytorch.trainer.states import TrainerFn
 
+from callbacks.checkpoint import log_step
 from medsynth.errors import UserError
 from medsynth.exit_codes import NO_PROGRESS, PREEMPTED
 
@@ -42,7 +45,7 @@ class PreemptionConfig:
     """How a run that is asked to leave does so."""
 
     grace_seconds: float = 120.0
-    """Longest time from the signal to the end, saving included; then the process ends unsaved."""
+    """Longest time from the signal to the end, saving included; then the process ends at once, saved or not."""
     restarts: int = 3
     """Starts from one and the same step after which the run stops for good."""
 
@@ -57,12 +60,13 @@ class StopRequest:
     """Whether SIGUSR1 or SIGTERM has come to this process.
 
     The signals wake a thread through a pipe: it hears of them even where the main thread waits for a process that no
-    longer answers. A second signal, or `grace_seconds` without an end, ends the process on the spot. Of two within 2
-    seconds the second is an echo: launchers pass on what came to all.
+    longer answers. A second signal, or `grace_seconds` without an end, ends the process on the spot: with 75 where it
+    is `saved`, else with 143. Of two within 2 seconds the second is an echo: launchers pass on what came to all.
     """
 
     def __init__(self, grace_seconds: float):
         self.grace_seconds = grace_seconds
+        self.saved = False  # whether a start from the newest checkpoint loses nothing
         self._since: float | None = None
         self._deadline: threading.Timer | None = None
 
@@ -112,6 +116,9 @@ class StopRequest:
         self._deadline.start()
 
     def _end(self, why: str) -> None:
+        if self.saved:
+            _say(f"{why}: saved, leaving at once; what has not reached MLflow is sent at the next start")
+            os._exit(PREEMPTED)
         _say(f"{why}: leaving without saving; the run goes on from its last checkpoint")
         os._exit(128 + signal.SIGTERM)
 
@@ -120,8 +127,10 @@ class Preemption(Checkpoint):
     """Stops all processes at one step when any of them was asked to, with a checkpoint, and exit code 75.
 
     After each optimizer step the processes tell each other, and act on what was told one step before: nobody waits, and
-    all leave at the same step. In a validation they agree on the spot; it is not finished, and is done again after the
-    restart.
+    all leave at the same step. In a validation they agree on the spot; it is not finished.
+
+    Every checkpoint, whoever saves it, owes the validation that is due at its step until that is done: a run resumed
+    from it begins with that validation.
 
     At the start a run that came back `restarts` times to the same step is refused.
     """
@@ -134,6 +143,10 @@ class Preemption(Checkpoint):
         self._told: tuple[torch.Tensor, Any] | None = None  # of the step before: everyone's answer, on its way
         self._step = 0
         self._validating = False
+        self._validated = -1  # index of the batch after which the newest validation was done
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        trainer.fit_loop.__class__ = _OwingFitLoop
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.world_size > 1:  # on the CPU: an agreement must not wait for a GPU's queue
@@ -155,8 +168,8 @@ class Preemption(Checkpoint):
             return  # within an accumulation
         self._step = trainer.global_step
         if self._tell():
-            trainer._logger_connector.update_train_step_metrics()  # Lightning would log this step after the callbacks
-            trainer.save_checkpoint(self._checkpoint)
+            log_step(trainer)
+            self._save(trainer)
             raise Preempted
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -168,28 +181,50 @@ class Preemption(Checkpoint):
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # Before `on_validation_end`, where the checkpoints are saved that a validation is done in.
         self._validating = False
+        self._validated = trainer.fit_loop.total_batch_idx
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         # Now, and not where it was raised: the average stood in the live weights there.
         if isinstance(exception, Preempted) and self._validating:
-            trainer.save_checkpoint(self._checkpoint)
+            self._save(trainer)
+        if isinstance(exception, Preempted | KeyboardInterrupt):
+            for logger in trainer.loggers:
+                logger.finalize("interrupted")  # Lightning is about to tell them "failed"
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        if self._validating and "loops" in checkpoint:
-            # As if the first batch were under way: Lightning goes back to a validation only from within it.
-            progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
-            begun = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
-            progress["total"].update(begun)
-            progress["current"].update(dict.fromkeys(begun, 0))
+        if not self._owes_validation(trainer):
+            return
+        # As if the batch were done with and the validation's first under way: else Lightning takes it for validated.
+        progress = checkpoint["loops"]["fit_loop"]
+        for counts in (progress["epoch_loop.batch_progress"][which] for which in ("total", "current")):
+            counts["completed"] = counts["processed"]
+        begun = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+        progress["epoch_loop.val_loop.batch_progress"]["total"].update(begun)
+        progress["epoch_loop.val_loop.batch_progress"]["current"].update(dict.fromkeys(begun, 0))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.request.saved = True  # by the callbacks before this one
         if trainer.is_global_zero:
             self._attempts.unlink(missing_ok=True)
 
     def leave_if_asked(self) -> None:
         """Agree on the spot, and leave if any process was asked to; for all processes together."""
         if self._agree():
+            self.request.saved = not self._validating  # before training nothing is new; within a validation, see above
             raise Preempted
+
+    def _save(self, trainer: L.Trainer) -> None:
+        trainer.save_checkpoint(self._checkpoint)
+        self.request.saved = True
+
+    def _owes_validation(self, trainer: L.Trainer) -> bool:
+        """Whether a validation is due where training stands, and not done."""
+        loop = trainer.fit_loop.epoch_loop
+        return (
+            trainer.state.fn == TrainerFn.FITTING
+            and loop.total_batch_idx != self._validated
+            and loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
+        )
 
     def _take_over(self, trainer: L.Trainer) -> None:
         """Lightning has set its own handler of SIGTERM, which leaves without saving; and before each batch it asks all
@@ -229,6 +264,15 @@ class Preemption(Checkpoint):
         beside.write_text(json.dumps({"step": step, "starts": starts}) + "\n")
         beside.replace(self._attempts)
         return starts
+
+
+class _OwingFitLoop(_FitLoop):
+    """Lightning's, which leaves at once where no step is left, but for a checkpoint that owes a validation."""
+
+    @property
+    def done(self) -> bool:
+        batches = self.epoch_loop.val_loop.batch_progress.total
+        return super().done and not (self.restarting and batches.processed < batches.started)
 
 
 _parents: set[int] = set()  # processes that listen

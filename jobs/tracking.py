@@ -21,6 +21,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import tempfile
 import threading
 import time
 import uuid
@@ -106,8 +107,12 @@ def ui_command(uri: str | None) -> str:
 
 
 def mlflow_client(uri: str):
-    """An `mlflow.MlflowClient` of `uri` that fails within seconds and prints nothing."""
-    return _import_mlflow().MlflowClient(uri)
+    """An `mlflow.MlflowClient` of `uri` that fails within seconds and prints nothing; makes a missing SQLite file."""
+    mlflow = _import_mlflow()
+    database = sqlite_path(uri)
+    if database and not database.exists() and "?" not in uri:  # options are MLflow's own affair
+        _make_database(database)
+    return mlflow.MlflowClient(uri)
 
 
 def _import_mlflow():
@@ -117,6 +122,50 @@ def _import_mlflow():
     import mlflow
 
     return mlflow
+
+
+def _make_database(path: Path) -> None:
+    """Make MLflow's tables in a new SQLite file, and put that into its place whole; another run's may be there first.
+
+    MLflow makes them in place, which takes seconds, and never gets over what a process killed meanwhile leaves.
+    """
+    from mlflow.db import upgrade
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    mark = f".{path.name}.new-"
+    for leftover in path.parent.glob(f"{mark}*"):
+        _remove_unless_held(leftover)
+    with tempfile.TemporaryDirectory(prefix=mark, dir=path.parent) as folder, _held(folder):
+        made = Path(folder) / path.name
+        upgrade.callback(f"sqlite:///{made}")
+        try:
+            os.link(made, path)  # unlike a rename it never replaces
+        except FileExistsError:
+            return
+        except OSError:  # a file system without links
+            if not path.exists():
+                made.rename(path)
+
+
+@contextmanager
+def _held(folder: str | Path) -> Iterator[bool]:
+    """Lock the folder until the end, also that of the process; False where another holds it, or it takes no locks."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held = True
+    except OSError:
+        held = False
+    try:
+        yield held
+    finally:
+        os.close(descriptor)
+
+
+def _remove_unless_held(folder: Path) -> None:
+    with suppress(OSError), _held(folder) as held:
+        if held:
+            shutil.rmtree(folder)
 
 
 @dataclass(frozen=True)
@@ -575,6 +624,7 @@ class RunTracker(Logger):
         self._run_name = config.run_name or run_name or self.run_dir.name
         self._newest_step = 0
         self._final: str | None = None
+        self._outlasts = False
         self._patience = config.timeout_seconds  # seconds that all calls of `finalize` may still wait
         self._disk_fails = False
 
@@ -638,12 +688,23 @@ class RunTracker(Logger):
         self._append("artifact", path=str(place), artifact_path=artifact_path)
 
     @rank_zero_only
+    @contextmanager
+    def unfinished(self) -> Iterator[None]:
+        """Inside, a "success" is not the run's: Lightning reports its own, and the run may still export."""
+        self._outlasts = True
+        try:
+            yield
+        finally:
+            self._outlasts = False
+
     def finalize(self, status: str) -> None:
         """Log how the run ended and wait up to `timeout_seconds`, over all calls, until MLflow has everything.
 
         "success" is FINISHED, "failed" FAILED, "interrupted" and "killed" KILLED. Within one process the gravest call
         stands, so that Lightning's own "success" or "failed" does not hide an interruption. Events may still follow.
         """
+        if self._outlasts and status == "success":
+            return
         self._final = max(self._final or "FINISHED", _FINAL_STATUS.get(status, "FAILED"), key=_BY_GRAVITY.index)
         self._append("status", status=self._final)
         began = time.monotonic()

@@ -64,7 +64,7 @@ def _train(config, request):
     from callbacks.evaluation import Evaluation
     from callbacks.preemption import Preemption
     from jobs.config import instantiate
-    from jobs.runs import build_data, build_module, find_checkpoint, load_run, load_weights, use_cache, write_config
+    from jobs.runs import build_data, build_module, use_cache, write_config
     from jobs.strategies import is_sharded
     from jobs.summary import print_summary
     from jobs.tracking import RunTracker, run_facts, ui_command
@@ -105,22 +105,32 @@ def _train(config, request):
     _log_run(tracker, config, module, data, run_facts())
 
     try:
-        trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
+        with tracker.unfinished():
+            trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
+            if trainer.is_global_zero:
+                if is_sharded(trainer.strategy):  # this process's module holds a part of the weights
+                    module = build_module(config)
+                    module.configure_model()
+                _export(module, run_dir, tracker)
     except SystemExit:  # Lightning's answer to Ctrl-C, and Preempted
         tracker.finalize("interrupted")
         raise
-
-    if trainer.is_global_zero:
-        best = find_checkpoint(run_dir, "best")
-        if is_sharded(trainer.strategy):  # this process's module holds a part of the weights
-            module = load_run(run_dir, "best")[0]
-        else:
-            load_weights(module.cpu(), best)
-        module.export(run_dir / "export")
-        tracker.set_tags({"checkpoint.best": str(best), "export": str(run_dir / "export")})
-        click.echo(f"best checkpoint {best}, exported to {run_dir / 'export'}")
+    except BaseException:
+        tracker.finalize("failed")
+        raise
     tracker.finalize("success")
     return trainer
+
+
+def _export(module, run_dir, tracker):
+    """Write the best checkpoint's weights as other libraries read them."""
+    from jobs.runs import find_checkpoint, load_weights
+
+    best, out = find_checkpoint(run_dir, "best"), run_dir / "export"
+    load_weights(module.cpu(), best)
+    module.export(out)
+    tracker.set_tags({"checkpoint.best": str(best), "export": str(out)})
+    click.echo(f"best checkpoint {best}, exported to {out}")
 
 
 def check_support(config, module) -> None:

@@ -1,16 +1,26 @@
-"""Runs of several processes through torchrun: the same samples, weights and scores as one process."""
+"""Runs of several processes: the same samples, weights and scores as one; disturbed, as if they had not been."""
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from callbacks.checkpoint import read_manifest
+from callbacks.preemption import Preempted
+from jobs.config import load_config
 from jobs.tracking import mlflow_client, read_run_id
+from jobs.train import train
+from lightning_modules.base import GenerativeModule
 from tests.conftest import REPOSITORY
+from tests.processes import together
+from tests.test_preemption import check_like_undisturbed, disturb
 
 SETTINGS = [
     "train.global_batch_size=12",
@@ -92,3 +102,89 @@ print(json.dumps(trainer.validate(module, data, verbose=False)[0]))
     assert result.returncode == 0, result.stderr[-3000:]
     after = json.loads(result.stdout.strip().splitlines()[-1])["eval/fd_random"]
     assert after == pytest.approx(before, rel=1e-5)
+
+
+# Two processes, each of two micro-batches a step, disturbed between them
+
+
+PAIR = [
+    "hardware.devices=2", "hardware.strategy=ddp", "train.device_batch_size=1", "train.max_steps=6",
+    "train.validate_every_steps=3", "checkpoint.every_steps=2", "checkpoint.monitor=val/loss", "evaluation.images=4",
+    "evaluation.grid=0", "evaluation.cache=cache", "ema.decay=0.9",
+]  # fmt: skip
+
+
+def pair(rank: int, phantom: Path, folder: Path, name: str, disturbance: str = "", step: int = 0) -> None:
+    """Train in this process of two; what it trains on is appended to samples-<rank>.jsonl of the run.
+
+    disturbance: "preempted", one of the two is asked to leave, or "killed", both end; between the batches of `step`.
+    """
+    os.chdir(folder)
+    Path(name).mkdir(exist_ok=True)
+    learn = GenerativeModule.training_step
+
+    def recorded(self, batch, index):
+        with Path(name, f"samples-{rank}.jsonl").open("a") as file:
+            file.write(json.dumps([self.trainer.global_step, batch.seeds.tolist()]) + "\n")
+        return learn(self, batch, index)
+
+    def be_preempted() -> None:
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(0.1)  # the thread that listens has heard of it
+
+    def be_killed() -> None:
+        time.sleep(0.5)  # what this process has sent reaches the other
+        os._exit(0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GenerativeModule, "training_step", recorded)
+        if disturbance:
+            disturbances = {"preempted": be_preempted, "killed": be_killed}
+            disturb(patch, GenerativeModule, "training_step", 2 * step, disturbances[disturbance])
+        config = load_config(
+            [REPOSITORY / "configs/tiny/msdm.yaml"], [f"data.root={phantom}", f"run_dir={name}", *PAIR]
+        )
+        if disturbance == "preempted":
+            with pytest.raises(Preempted):
+                train(config)
+        else:
+            train(config)
+
+
+def samples(run: Path) -> dict[tuple[int, int], list[list[int]]]:
+    """By process and step, the seeds of the step's two micro-batches as they were trained on last."""
+    found: dict[tuple[int, int], list[list[int]]] = {}
+    for rank in (0, 1):
+        for line in (run / f"samples-{rank}.jsonl").read_text().splitlines():
+            step, seeds = json.loads(line)
+            found.setdefault((rank, step), []).append(seeds)
+    return {place: batches[-2:] for place, batches in found.items()}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, phantom) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    together(2, pair, phantom, folder, "run", log=folder / "log")
+    return folder / "run"
+
+
+@pytest.mark.parametrize(
+    ("disturbance", "step", "saved"),
+    [
+        ("preempted", 4, 5),  # told at the end of step 4, acted on at the end of step 5
+        ("preempted", 5, 6),  # likewise, before the validation that ends the run
+        ("killed", 5, 4),
+    ],
+)
+def test_two_processes_disturbed_within_an_accumulation_go_on_exactly(
+    disturbance, step, saved, undisturbed, phantom, tmp_path
+):
+    """Bit for bit: weights, average, optimizer, learning rate, samples in their order, and all that was logged."""
+    together(2, pair, phantom, tmp_path, "run", disturbance, step, log=tmp_path / "disturbed.log")
+    assert read_manifest(tmp_path / "run/checkpoints/last.ckpt")["global_step"] == saved
+    together(2, pair, phantom, tmp_path, "run", log=tmp_path / "resumed.log")
+    check_like_undisturbed(tmp_path / "run", undisturbed)
+    expected = samples(undisturbed)
+    assert sorted(expected) == [(rank, done) for rank in (0, 1) for done in range(6)]
+    assert samples(tmp_path / "run") == expected

@@ -73,6 +73,17 @@ def test_a_run_is_in_mlflow_with_all_that_was_asked(run):
     assert [image.step for image in logged_images(client, record.info.run_id)] == [2]
 
 
+def test_a_run_that_fails_to_export_is_not_finished(run, here):
+    (here / "again").mkdir()
+    (here / "again/export").write_text("in the way")
+    with pytest.raises(OSError, match="export"):
+        train(load_config([run / "config.yaml"], ["run_dir=again", f"tracking.uri=sqlite:///{here}/again.db"]))
+    from jobs.tracking import mlflow_client, read_run_id
+
+    client = mlflow_client(f"sqlite:///{here}/again.db")
+    assert client.get_run(read_run_id(here / "again")).info.status == "FAILED"
+
+
 def test_statistics_of_the_real_pictures_are_computed_once(run, phantom):
     (kept,) = (run.parent / "cache").iterdir()
     before = kept.stat().st_mtime_ns

@@ -4,32 +4,36 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import callbacks.checkpoint
-from callbacks.checkpoint import read_manifest
+from callbacks.checkpoint import LastCheckpoint, read_manifest
 from callbacks.ema import EMA
 from callbacks.evaluation import Evaluation
 from callbacks.preemption import ATTEMPTS_FILE, NoProgress, Preempted, Preemption, PreemptionConfig, StopRequest
-from datamodules.base import StreamLoader
 from jobs.config import load_config
 from jobs.tracking import mlflow_client, read_run_id
 from jobs.train import train
+from lightning_modules.base import GenerativeModule
 from medsynth.errors import UserError
 from tests.conftest import REPOSITORY
+from tests.processes import FORK
 
 TINY = REPOSITORY / "configs/tiny/msdm.yaml"
 SETTINGS = [
     "train.max_steps=6", "train.validate_every_steps=3", "train.device_batch_size=2", "evaluation.images=4",
-    "evaluation.grid=0", "evaluation.cache=cache", "checkpoint.every_steps=100", "hardware.threads=1",
+    "evaluation.grid=0", "evaluation.cache=cache", "checkpoint.every_steps=100", "checkpoint.monitor=val/loss",
+    "hardware.threads=1",
 ]  # fmt: skip
 
 
@@ -46,19 +50,45 @@ def undisturbed(tmp_path_factory, phantom) -> Path:
     return folder / "run"
 
 
-def signal_at(patch: pytest.MonkeyPatch, owner: type, method: str, call: int, *numbers: signal.Signals) -> None:
-    """Send this process the signals before the `call`-th call of a method."""
+def disturb(patch: pytest.MonkeyPatch, owner: Any, method: str, call: int, disturbance: Callable[[], None]) -> None:
+    """Let something happen before the `call`-th call of a method."""
     original, calls = getattr(owner, method), []
 
     def disturbed(*args, **kwargs):
         calls.append(1)
         if len(calls) == call:
-            for number in numbers or (signal.SIGUSR1,):
-                os.kill(os.getpid(), number)
-            time.sleep(0.1)  # the thread that listens has heard of it
+            disturbance()
         return original(*args, **kwargs)
 
     patch.setattr(owner, method, disturbed)
+
+
+def signal_at(patch: pytest.MonkeyPatch, owner: Any, method: str, call: int, *numbers: signal.Signals) -> None:
+    """Send this process the signals before the `call`-th call of a method."""
+
+    def send() -> None:
+        for number in numbers or (signal.SIGUSR1,):
+            os.kill(os.getpid(), number)
+        time.sleep(0.1)  # the thread that listens has heard of it
+
+    disturb(patch, owner, method, call, send)
+
+
+def forked(work: Callable[[], None], log: Path = Path("log"), seconds: float = 120) -> int:
+    """Do `work` in a process of its own; its exit code. What it says is in `log`."""
+
+    def child() -> None:
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        work()
+
+    process = FORK.Process(target=child)
+    process.start()
+    process.join(seconds)
+    process.kill()
+    process.join()
+    return process.exitcode
 
 
 def preempt(phantom: Path, *place) -> None:
@@ -70,17 +100,29 @@ def preempt(phantom: Path, *place) -> None:
 
 
 def check_like_undisturbed(run: Path, undisturbed: Path) -> None:
-    for file in ("weights", "ema"):
-        ours, theirs = (
-            load_file(folder / f"checkpoints/last.ckpt/{file}.safetensors") for folder in (run, undisturbed)
-        )
-        assert all((ours[key] == theirs[key]).all() for key in theirs), file
-    ours, theirs = (torch.load(r / "checkpoints/last.ckpt/state.pt", weights_only=True) for r in (run, undisturbed))
-    for key in ("optimizer_states", "lr_schedulers", "global_step"):
-        torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=0)
-    for key in ("EMA", "Evaluation"):
-        assert ours["callbacks"][key] == theirs["callbacks"][key]
+    """Both checkpoints bit for bit, and every value that was logged, each of them once."""
+    for checkpoint in ("last.ckpt", "best.ckpt"):
+        ours, theirs = (folder / "checkpoints" / checkpoint for folder in (run, undisturbed))
+        check_same(ours, theirs)
     assert metrics(run) == metrics(undisturbed)
+
+
+def check_same(left: Path, right: Path) -> None:
+    """Two checkpoints have the same weights, averages, optimizer, learning rate, progress and best value."""
+    for file in ("weights", "ema"):
+        ours, theirs = (load_file(folder / f"{file}.safetensors") for folder in (left, right))
+        assert ours.keys() == theirs.keys()
+        assert all((ours[key] == theirs[key]).all() for key in theirs), f"{left}: {file}"
+    ours, theirs = (torch.load(folder / "state.pt", weights_only=True) for folder in (left, right))
+    for key in ("optimizer_states", "lr_schedulers", "global_step", "MedVQAGI"):
+        torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=0)
+    for key in ("EMA", "Evaluation", "BestCheckpoint"):
+        assert ours["callbacks"][key] == theirs["callbacks"][key]
+    assert read_manifest(left).get("metric") == read_manifest(right).get("metric")
+    ours, theirs = (dict(state["loops"]["fit_loop"]) for state in (ours, theirs))
+    for progress in (ours, theirs):
+        progress.pop("epoch_loop.val_loop.batch_progress")  # also counts the batches of a validation broken off
+    assert ours == theirs
 
 
 def metrics(run: Path) -> dict[str, list[tuple[int, float]]]:
@@ -92,16 +134,23 @@ def metrics(run: Path) -> dict[str, list[tuple[int, float]]]:
     return {name: [(point.step, point.value) for point in history] for name, history in histories.items()}
 
 
+def statuses(run: Path) -> list[str]:
+    """All that were ever told to MLflow, in order."""
+    events = [json.loads(line) for line in (run / "tracking/events.jsonl").read_text().splitlines()]
+    return [event["status"] for event in events if event["kind"] == "status"]
+
+
 def status(run: Path) -> str:
     return mlflow_client(f"sqlite:///{run.parent}/mlruns.db").get_run(read_run_id(run)).info.status
 
 
 PLACES: dict[str, tuple] = {
     "after a step": (EMA, "_update", 2),
+    "after a step that a validation follows": (EMA, "_update", 3),
     "before the first step": (Preemption, "on_fit_start", 1),
-    "within an accumulation": (StreamLoader, "__iter__", 1),
+    "within an accumulation": (GenerativeModule, "training_step", 7),
     "in a validation": (Preemption, "on_validation_batch_end", 1),
-    "in the last validation": (Preemption, "on_validation_batch_end", 4),
+    "in the last validation": (Preemption, "on_validation_start", 2),
     "while pictures are drawn": (Evaluation, "_load_reference", 1),
     "by SIGTERM": (EMA, "_update", 4, signal.SIGTERM),
     "by both signals at once": (EMA, "_update", 4, signal.SIGUSR1, signal.SIGTERM),
@@ -116,7 +165,68 @@ def test_a_run_stopped_anywhere_goes_on_as_if_it_had_not_been(place, undisturbed
     train(configured(phantom, "run"))
     check_like_undisturbed(here / "run", undisturbed)
     assert status(here / "run") == "FINISHED"
+    assert "FAILED" not in statuses(here / "run")
     assert not (here / "run" / ATTEMPTS_FILE).exists()
+
+
+def test_a_run_that_is_interrupted_at_the_keyboard_has_not_failed(phantom, here):
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        disturb(patch, EMA, "_update", 2, interrupt)
+        with pytest.raises(SystemExit):
+            train(configured(phantom, "run"))
+    assert status(here / "run") == "KILLED"
+    assert "FAILED" not in statuses(here / "run")
+
+
+def killed_at(owner: type, method: str, call: int, phantom: Path, *settings: str) -> None:
+    """Train in a process that ends, as by SIGKILL, before the `call`-th call of a method."""
+
+    def work() -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            disturb(patch, owner, method, call, lambda: os._exit(9))
+            train(configured(phantom, "run", *settings))
+
+    assert forked(work) == 9
+
+
+KILLS: dict[str, tuple] = {
+    "within an accumulation": (GenerativeModule, "training_step", 9),
+    "after a save": (Preemption, "on_train_batch_end", 6),
+    "between a save and the validation due": (Preemption, "on_validation_start", 1),
+    "in the validation after a save": (Preemption, "on_validation_batch_end", 2),
+    "while pictures are drawn after a save": (Evaluation, "_load_reference", 1),
+    "after the best was saved": (LastCheckpoint, "on_validation_end", 1),
+    "in the save after a validation": (callbacks.checkpoint, "_put_in_place", 3),
+    "between the last save and the last validation": (Preemption, "on_validation_start", 2),
+    "after the last validation": (Preemption, "on_train_end", 1),
+}
+
+
+@pytest.mark.parametrize("place", KILLS)
+def test_a_run_killed_anywhere_goes_on_from_its_last_checkpoint(place, undisturbed, phantom, here):
+    """Saves and validations fall on the same steps: what is due after a save is done by whoever resumes from it."""
+    killed_at(*KILLS[place], phantom, "checkpoint.every_steps=3")
+    assert statuses(here / "run") == ["RUNNING"]
+    train(configured(phantom, "run", "checkpoint.every_steps=3"))
+    check_like_undisturbed(here / "run", undisturbed)
+    assert status(here / "run") == "FINISHED"
+
+
+def test_the_validation_that_ends_an_epoch_is_done_however_often_it_is_killed(phantom, here):
+    """Two epochs of four steps; the second validation is the run's end."""
+    epochs = ["train.max_steps=null", "train.max_epochs=2", "train.validate_every_steps=null", "evaluation.images=0"]
+    epochs += ["train.global_batch_size=64", "train.device_batch_size=32", "checkpoint.every_steps=4"]
+    train(configured(phantom, "undisturbed", *epochs))
+    killed_at(Preemption, "on_validation_start", 1, phantom, *epochs)
+    killed_at(Preemption, "on_validation_batch_end", 1, phantom, *epochs)
+    killed_at(Preemption, "on_validation_start", 2, phantom, *epochs)
+    assert read_manifest("run/checkpoints/last.ckpt")["global_step"] == 8
+    train(configured(phantom, "run", *epochs))
+    assert len(metrics(here / "run")["val/loss"]) == 2
+    check_like_undisturbed(here / "run", here / "undisturbed")
 
 
 def test_a_validation_that_is_done_is_not_done_again(undisturbed, phantom, here):
@@ -213,6 +323,27 @@ def test_processes_leave_together_and_never_hang(undisturbed, phantom, here):
     finally:
         os.killpg(process.pid, signal.SIGKILL)
     assert read_manifest("run/checkpoints/last.ckpt")["global_step"] > step
+
+
+def test_a_run_that_has_saved_says_so_when_its_time_is_up(undisturbed, phantom, here):
+    """Its MLflow never answers: the run leaves with 75 as if all had been sent, which the next start does."""
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        server = f"tracking.uri=http://127.0.0.1:{deaf.getsockname()[1]}"
+
+        def work() -> None:
+            with pytest.MonkeyPatch.context() as patch:
+                signal_at(patch, EMA, "_update", 2)
+                train(configured(phantom, "run", server, "tracking.timeout_seconds=100", "preemption.grace_seconds=6"))
+
+        assert forked(work) == 75
+    last = Path("log").read_text().splitlines()[-1]
+    assert last.endswith(
+        "6 s after SIGUSR1: saved, leaving at once; what has not reached MLflow is sent at the next start"
+    )
+    assert read_manifest("run/checkpoints/last.ckpt")["global_step"] == 2
+    train(configured(phantom, "run"))
+    check_like_undisturbed(here / "run", undisturbed)
+    assert list(dict.fromkeys(statuses(here / "run"))) == ["RUNNING", "KILLED", "FINISHED"]
 
 
 def test_a_second_signal_ends_at_once(phantom, here):

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sqlalchemy
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
@@ -33,6 +34,7 @@ from jobs.tracking import (
     ui_command,
 )
 from medsynth.errors import UserError
+from tests.processes import FORK
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +116,74 @@ def test_everything_logged_arrives(tmp_path, uri):
     assert artifacts == {"config.yaml", "figures", "figures/a.txt"}
     assert (tmp_path / "mlartifacts").is_dir(), "pictures lie beside the database"
     assert (tracker.name, tracker.version, tracker.save_dir) == ("medsynth", "run", str(tmp_path / "run"))
+
+
+def finished(*works) -> list[int]:
+    """Do all `works` at once, each in a process of its own; their exit codes."""
+    processes = [FORK.Process(target=work) for work in works]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        process.kill()
+    return [process.exitcode for process in processes]
+
+
+def killed_while_making(uri: str, statement: int) -> None:
+    """End a process, as by SIGKILL, at a statement of those that make the database at `uri`."""
+    statements = []
+
+    def count(*_) -> None:
+        statements.append(1)
+        if len(statements) == statement:
+            os._exit(9)
+
+    def make() -> None:
+        sqlalchemy.event.listen(sqlalchemy.Engine, "before_cursor_execute", count)
+        mlflow_client(uri)
+
+    assert finished(make) == [9]
+
+
+def test_a_database_whose_making_was_killed_is_made_anew(tmp_path, empty_database):
+    database = tmp_path / "new" / "mlruns.db"
+    uri = f"sqlite:///{database}"
+    for statement in (1, 600, 1600):
+        killed_while_making(uri, statement)
+        assert not database.exists()
+        assert len(list(database.parent.iterdir())) == 1, "what the kills before have left is gone"
+    tracker = tracker_of(tmp_path, uri)
+    tracker.log_metrics({"train/loss": 0.5}, 1)
+    tracker.finalize("success")
+    assert history(uri, tracker.run_id, "train/loss") == [(1, 0.5)]
+    assert {path.name for path in database.parent.iterdir()} == {"mlruns.db"}
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_two_processes_make_a_database_at_once(tmp_path, empty_database, monkeypatch, links):
+    """Each has made one of its own when the first puts it into place: one of them stays, and both go on with it."""
+    uri, both_made, link = f"sqlite:///{tmp_path}/mlruns.db", FORK.Barrier(2), os.link
+
+    def link_together(*paths) -> None:
+        time.sleep(both_made.wait(60))  # 0 or 1 s
+        if not links:
+            raise PermissionError("links are not supported here")
+        link(*paths)
+
+    def make(name: str) -> None:
+        client = mlflow_client(uri)
+        eventually(lambda: made(client, name))
+
+    def made(client, name: str) -> bool:
+        with suppress(Exception):  # MLflow's own race for its default experiment
+            return bool(client.create_experiment(name))
+        return False
+
+    monkeypatch.setattr(os, "link", link_together)
+    assert finished(lambda: make("one"), lambda: make("two")) == [0, 0]
+    names = {experiment.name for experiment in mlflow_client(uri).search_experiments()}
+    assert {"one", "two"} <= names
+    assert {path.name for path in tmp_path.iterdir()} == {"mlruns.db"}
 
 
 def gradient() -> np.ndarray:
