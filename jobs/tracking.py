@@ -687,7 +687,6 @@ class RunTracker(Logger):
         place = absolute.relative_to(self.run_dir) if inside else absolute
         self._append("artifact", path=str(place), artifact_path=artifact_path)
 
-    @rank_zero_only
     @contextmanager
     def unfinished(self) -> Iterator[None]:
         """Inside, a "success" is not the run's: Lightning reports its own, and the run may still export."""
@@ -697,6 +696,7 @@ class RunTracker(Logger):
         finally:
             self._outlasts = False
 
+    @rank_zero_only
     def finalize(self, status: str) -> None:
         """Log how the run ended and wait up to `timeout_seconds`, over all calls, until MLflow has everything.
 
