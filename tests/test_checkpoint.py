@@ -1,15 +1,19 @@
 """Checkpoints through the real Trainer, with damage, kills at every moment and full disks; and when they are saved."""
 
+import contextlib
 import json
 import multiprocessing
 import os
 import random
+import re
 import resource
 import shutil
 import signal
 import socket
 import sys
+import tempfile
 import time
+from collections import Counter
 from copy import deepcopy
 from enum import Enum
 from pathlib import Path
@@ -32,6 +36,7 @@ from callbacks.checkpoint import (
     verify,
 )
 from callbacks.ema import EMA, EMAConfig
+from callbacks.preemption import Preemption, PreemptionConfig, StopRequest
 from medsynth.errors import UserError
 
 FILES = {"weights.safetensors", "ema.safetensors", "state.pt", "manifest.json"}
@@ -132,18 +137,22 @@ class Moments(Checkpoint):
     """Saves a checkpoint of its own at every moment at which one may be saved."""
 
     def __init__(self, directory):
-        self.directory, self.step = directory, 0
+        self.directory, self.step, self.traced = directory, 0, {}
 
     def on_train_batch_end(self, trainer, *_):
         if trainer.global_step > self.step:
             self.step = trainer.global_step
-            trainer.save_checkpoint(self.directory / f"batch-{self.step}.ckpt")
+            self.save(trainer, f"batch-{self.step}.ckpt")
 
     def on_validation_end(self, trainer, *_):
-        trainer.save_checkpoint(self.directory / f"validation-{trainer.global_step}.ckpt")
+        self.save(trainer, f"validation-{trainer.global_step}.ckpt")
 
     def on_train_end(self, trainer, *_):
-        trainer.save_checkpoint(self.directory / "end.ckpt")
+        self.save(trainer, "end.ckpt")
+
+    def save(self, trainer, name):
+        trainer.save_checkpoint(self.directory / name)
+        self.traced[self.directory / name] = len(trainer.lightning_module.trace)
 
 
 def fit(module, *callbacks, checkpoint=None, io=None, **options):
@@ -256,18 +265,39 @@ def test_removed_checkpoint_is_gone(tmp_path):
     ids=str,
 )
 def test_resume_from_any_moment_continues_as_the_undisturbed_run(tmp_path, options):
-    whole, average = Toy(), EMA(EMAConfig(decay=0.9))
-    fit(whole, average, Moments(tmp_path), **options)
-    saved = list(tmp_path.glob("*.ckpt"))
-    assert len(saved) > 9
-    for path in saved:
+    whole, average, moments = Toy(), EMA(EMAConfig(decay=0.9)), Moments(tmp_path)
+    fit(whole, average, moments, owing(tmp_path / "whole"), **options)
+    assert len(moments.traced) > 9
+    for path, traced in moments.traced.items():
         resumed, again = Toy(), EMA(EMAConfig(decay=0.9))
-        fit(resumed, again, checkpoint=path, **options)
+        fit(resumed, again, owing(tmp_path / path.stem), checkpoint=path, **options)
         done = torch.load(path / "state.pt", weights_only=True)["Numbers"]["position"]
         assert batches(resumed) == batches(whole) - done, path.name
-        assert resumed.trace == whole.trace[len(whole.trace) - len(resumed.trace) :], path.name
+        assert resumed.trace == whole.trace[traced:], path.name  # also the validation that was due
         assert resumed.values() == whole.values(), path.name
         assert_same(again.state_dict(), average.state_dict(), path.name)
+
+
+@pytest.mark.parametrize("options", [{"max_epochs": 2}, {"max_epochs": 1, "val_check_interval": 2}], ids=str)
+def test_second_resume_continues_too(tmp_path, options):
+    """From the checkpoints of a run that was resumed before a validation was due, and began with it."""
+    whole, first = Toy(), Moments(tmp_path / "first")
+    fit(whole, first, owing(tmp_path / "whole"), **options)
+    validated = [path for path in first.traced if "validation" in path.name]
+    for path in validated:
+        due = path.with_name(path.name.replace("validation", "batch"))
+        second = Moments(tmp_path / f"from-{due.stem}")
+        fit(Toy(), second, owing(tmp_path / due.stem), checkpoint=due, **options)
+        assert path.name in {again.name for again in second.traced}
+        for again in second.traced:
+            resumed, name = Toy(), f"{due.stem}-{again.stem}"
+            fit(resumed, owing(tmp_path / name), checkpoint=again, **options)
+            assert resumed.trace == whole.trace[first.traced[first.directory / again.name] :], name
+
+
+def owing(run_dir):
+    """What marks the validation that a checkpoint owes."""
+    return Preemption(PreemptionConfig(), StopRequest(60), run_dir, run_dir / "never.ckpt")
 
 
 def flip(file, data):
@@ -280,6 +310,7 @@ DAMAGE = {
     "truncated": lambda file, data: file.write_bytes(data[: len(data) // 2]),
     "longer": lambda file, data: file.write_bytes(data + b"\0"),
     "zeros": lambda file, data: file.write_bytes(bytes(len(data))),
+    "zeros at the end": lambda file, data: file.write_bytes(data[: len(data) // 2] + bytes(len(data) - len(data) // 2)),
     "empty": lambda file, data: file.write_bytes(b""),
     "missing": lambda file, data: file.unlink(),
 }
@@ -294,6 +325,24 @@ def test_damage_is_named_and_passed_over(tmp_path, name, damage):
     with pytest.raises(CheckpointDamaged, match=f"last.ckpt is damaged: {name} "):
         DurableCheckpointIO().load_checkpoint(damaged)
     assert newest_verified(tmp_path) == (older, [(damaged, verify(damaged))])
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_file_of_another_save_is_passed_over(tmp_path, name):
+    """Of the same size, whole in itself, in the place of this save's own."""
+    older, mixed = save(tmp_path / "best.ckpt", 1), save(tmp_path / "last.ckpt", 2)
+    shutil.copy(older / name, mixed / name)
+    wrong = "is not what was saved" if name != "manifest.json" else "weights.safetensors|ema.safetensors|state.pt"
+    assert re.search(wrong, verify(mixed))
+    assert newest_verified(tmp_path) == (older, [(mixed, verify(mixed))])
+
+
+def test_file_that_no_save_wrote_is_never_read(tmp_path):
+    path = save(tmp_path / "last.ckpt", 2)
+    for name in ("shard-00000-of-00001.safetensors", ".nfs0123"):
+        (path / name).write_bytes(b"of something else")
+    assert newest_verified(tmp_path) == (path, [])
+    assert_same(DurableCheckpointIO().load_checkpoint(path), small_checkpoint(2))
 
 
 def test_any_flipped_bit_of_the_manifest_is_found(tmp_path):
@@ -391,27 +440,114 @@ def test_everything_reaches_the_disk_before_what_depends_on_it(tmp_path, monkeyp
     ]
 
 
-def save_for_ever(path, saved):
-    for step in range(saved.value + 1, 10**6):
-        save(path, step, size=100_000)
-        saved.value = step
+KILLS = 170
+"""Random kills of a process that saves; tests/test_checkpoint_sharded.py has more, of two processes."""
+KILLED_SIZE = 50_000
+
+
+@contextlib.contextmanager
+def temporary_files_elsewhere(directory):
+    """The folder of temporary files on another file system than `directory`, as nothing can be renamed across."""
+    memory = Path("/dev/shm")
+    if not memory.is_dir() or memory.stat().st_dev == directory.stat().st_dev:
+        pytest.skip("needs checkpoints on another file system than /dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory) as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", folder)
+        patch.setattr(tempfile, "tempdir", None)
+        assert tempfile.gettempdir() == folder
+        yield
+
+
+def save_again_and_again(path, report):
+    """Resume as a training does, and save step after step; each is told once it is saved."""
+    newest, _ = newest_verified(path.parent)
+    first = read_manifest(newest)["global_step"] if newest else 0
+    report.send(first)
+    for step in range(first + 1, first + 1000):
+        save(path, step, size=KILLED_SIZE)
+        report.send(step)
+
+
+class Saver:
+    """A process that saves again and again, and what it told."""
+
+    def __init__(self, start):
+        self.reports, report = FORK.Pipe(duplex=False)
+        self.process = start(report)
+        report.close()
+        self.told = []
+
+    def hear(self, number):
+        """Wait for `number` more steps."""
+        for _ in range(number):
+            assert self.reports.poll(60), "no save for a minute"
+            self.told.append(self.reports.recv())
+
+    def measure(self):
+        """How long a save takes, seconds."""
+        self.hear(6)
+        began = time.monotonic()
+        self.hear(20)
+        return (time.monotonic() - began) / 20
+
+    def hear_all(self):
+        """What was told before the end."""
+        with contextlib.suppress(EOFError):
+            while True:
+                self.told.append(self.reports.recv())
+
+
+def kill_at_random(number, directory, start, kill, contents):
+    """Let savers be killed `number` times at random moments of a save, and check what is there after each kill.
+
+    start(report) gives a running process that reports the step it resumed from, and each one that it has saved;
+    kill(process, dice) ends it and all that belongs to it; contents(step) is what was saved.
+    """
+    seed = random.SystemRandom().randrange(10**6)
+    print("seed", seed)  # shown where the test fails
+    dice, last, found, duration = random.Random(seed), 0, Counter(), None
+    directory.mkdir(exist_ok=True)
+    with temporary_files_elsewhere(directory):
+        for _ in range(number):
+            saver = Saver(start)
+            duration = duration or saver.measure()
+            saver.hear(dice.randint(1, 4))
+            time.sleep(dice.uniform(0, duration))
+            kill(saver.process, dice)
+            saver.hear_all()
+            newest, skipped = newest_verified(directory)
+            step = read_manifest(newest)["global_step"]
+            assert skipped == [] and last == saver.told[0] and max(saver.told) <= step <= max(saver.told) + 1
+            assert_same(DurableCheckpointIO().load_checkpoint(newest), contents(step))
+            found[left_of_a_save(directory)] += 1
+            last = step
+    print(f"{last} saves of {duration * 1000:.1f} ms; under way were", dict(found))
+    assert found["nothing"] < number * 3 // 4 and found["before the manifest"] > number // 20, found
+
+
+def left_of_a_save(directory):
+    """Which part of a save a kill struck, by what it left."""
+    names = {path.name for path in directory.iterdir() if "ckpt" in path.name}
+    (removed, new) = (next(directory.glob(f".*.tmp-{kind}-*"), None) for kind in ("removed", "new"))
+    if new is None:
+        return "removing the older" if removed else "nothing" if names == {"last.ckpt"} else "renaming"
+    if "last.ckpt" not in names or ".last.ckpt.old" in names:
+        return "renaming"
+    return "before the manifest" if not (new / "manifest.json").exists() else "syncing"
+
+
+def kill_alone(process, _):
+    process.kill()
+    process.join()
 
 
 def test_kills_at_random_moments_lose_at_most_one_save(tmp_path):
-    moments, saved = random.Random(0), FORK.Value("q", 0, lock=False)
-    for _ in range(15):
-        before, deadline = saved.value, time.monotonic() + 30
-        child = FORK.Process(target=save_for_ever, args=(tmp_path / "last.ckpt", saved))
-        child.start()
-        while saved.value == before and time.monotonic() < deadline:
-            time.sleep(0.001)
-        time.sleep(moments.uniform(0, 0.05))
-        child.kill()
-        child.join()
-        newest, _ = newest_verified(tmp_path)
-        step = read_manifest(newest)["global_step"]
-        assert before < saved.value <= step <= saved.value + 1
-        assert DurableCheckpointIO().load_checkpoint(newest)["state_dict"]["net.weight"][0] == step
+    def start(report):
+        process = FORK.Process(target=save_again_and_again, args=(tmp_path / "last.ckpt", report))
+        process.start()
+        return process
+
+    kill_at_random(KILLS, tmp_path, start, kill_alone, lambda step: small_checkpoint(step, KILLED_SIZE))
 
 
 def save_on_full_disk(path, checkpoint, answer):

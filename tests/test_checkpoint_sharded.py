@@ -1,6 +1,7 @@
 """Checkpoints that several processes write: damage, a full disk in one of them, and reading by any other number."""
 
 import os
+import re
 import resource
 import shutil
 import signal
@@ -25,7 +26,7 @@ from callbacks.checkpoint import (
 from callbacks.sharding import Held, by_name, by_number
 from medsynth.errors import UserError
 from tests.processes import FORK, together
-from tests.test_checkpoint import DAMAGE, Toy, fit
+from tests.test_checkpoint import DAMAGE, Toy, assert_same, fit, kill_at_random
 
 SIZE = 30_000
 
@@ -89,19 +90,52 @@ def test_parts_of_three_processes_are_one_checkpoint(saved):
         assert torch.equal(part.values, cut(matrix, rank, 2).values)
 
 
+def save_two(rank, directory):
+    rank, world = join(rank)
+    for step, name in ((1, "best.ckpt"), (2, "last.ckpt")):
+        DurableCheckpointIO().save_checkpoint(checkpoint(step, rank, world), directory / name)
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """An older checkpoint and a newer one."""
+    together(2, save_two, tmp_path, log=tmp_path / "log")
+    return tmp_path / "best.ckpt", tmp_path / "last.ckpt"
+
+
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damage_to_any_part_is_named_and_passed_over(saved, damage):
-    older = saved.with_name("best.ckpt")
-    shutil.copytree(saved, older)
-    for name in sorted(read_manifest(saved)["files"]):
-        data = (saved / name).read_bytes()
-        DAMAGE[damage](saved / name, data)
-        assert name in verify(saved)
-        with pytest.raises(CheckpointDamaged, match=name):
-            DurableCheckpointIO().open_checkpoint(saved)
-        assert newest_verified(saved.parent) == (older, [(saved, verify(saved))])
-        (saved / name).write_bytes(data)
-    assert verify(saved) is None
+def test_damage_to_any_part_is_named_and_passed_over(pair, damage):
+    older, damaged = pair
+    for name in ["manifest.json", *sorted(read_manifest(damaged)["files"])]:
+        data = (damaged / name).read_bytes()
+        DAMAGE[damage](damaged / name, data)
+        assert name in verify(damaged)
+        with pytest.raises(CheckpointDamaged, match=f"last.ckpt is damaged: {name} "):
+            DurableCheckpointIO().open_checkpoint(damaged)
+        assert newest_verified(damaged.parent) == (older, [(damaged, verify(damaged))])
+        (damaged / name).write_bytes(data)
+    assert verify(damaged) is None
+
+
+def test_part_of_another_save_or_of_another_process_is_passed_over(pair):
+    older, mixed = pair
+    first, second = (f"shard-0000{rank}-of-00002.safetensors" for rank in range(2))
+    for foreign in (older / second, mixed / first):
+        data = (mixed / second).read_bytes()
+        shutil.copy(foreign, mixed / second)
+        assert re.match(f"{second} (is not what was saved|has .* bytes)", verify(mixed))
+        assert newest_verified(mixed.parent) == (older, [(mixed, verify(mixed))])
+        (mixed / second).write_bytes(data)
+    shutil.copy(older / "manifest.json", mixed)
+    assert newest_verified(mixed.parent)[0] == older
+
+
+def test_part_that_no_save_wrote_is_never_read(pair):
+    """For instance of a run of three processes, copied into the same folder."""
+    _, path = pair
+    shutil.copy(path / "shard-00001-of-00002.safetensors", path / "shard-00002-of-00003.safetensors")
+    assert newest_verified(path.parent) == (path, [])
+    assert_same(DurableCheckpointIO().load_checkpoint(path), whole(2))
 
 
 def save_on_full_disk(rank, path, full):
@@ -128,32 +162,58 @@ def test_a_full_disk_in_one_process_is_told_by_all_and_the_older_checkpoint_stay
     assert [found.name for found in tmp_path.iterdir() if "ckpt" in found.name] == ["last.ckpt"]
 
 
-def test_kill_of_the_writers_leaves_a_whole_checkpoint(tmp_path):
-    path, last = tmp_path / "last.ckpt", 0
-    for moment in range(6):
-        steps, log = range(last + 1, last + 10_000), tmp_path / f"log{moment}"
-        writers = FORK.Process(target=together, args=(2, save_some, path, steps), kwargs={"log": log})
-        writers.start()
-        deadline = time.monotonic() + 30
-        while newest_step(tmp_path) <= last and time.monotonic() < deadline:
-            time.sleep(0.01)
-        time.sleep(0.013 * moment)
-        kill_with_children(writers.pid)
-        writers.join()
-        step = newest_step(tmp_path)
-        assert step > last
-        last = step
+KILLS = 40
+
+
+def save_together_again_and_again(rank, path, report):
+    rank, world = join(rank)
+    dist.barrier()  # from here on neither waits for one that never came
+    first = newest_step(path.parent)
+    if rank == 0:
+        report.send(first)
+    for step in range(first + 1, first + 1000):
+        DurableCheckpointIO().save_checkpoint(checkpoint(step, rank, world), path)
+        if rank == 0:
+            report.send(step)
+
+
+def whole(step):
+    """What a single process reads of `checkpoint(step, …)` of all processes."""
+    read = checkpoint(step, 0, 1)
+    read["state_dict"], (optimizer,) = filled(read["state_dict"]), read["optimizer_states"]
+    read["callbacks"]["EMA"]["shadow"] = filled(read["callbacks"]["EMA"]["shadow"])
+    moments = {key: filled(parts) for key, parts in optimizer["moments"].items()}
+    return read | {"optimizer_states": [by_number(optimizer | {"moments": moments})]}
+
+
+def filled(parts):
+    return {k: part.values.reshape(part.shape) if isinstance(part, Held) else part for k, part in parts.items()}
+
+
+def kill_one_or_both(parent, dice):
+    """Kill one process, after which the other has to end by itself, or both."""
+    children = [int(child) for child in Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()]
+    for child in dice.choice([children, children[:1], children[1:]]):
+        os.kill(child, signal.SIGKILL)
+    parent.join(30)
+    assert parent.exitcode is not None, "the other process hangs"
+
+
+def test_kills_at_random_moments_lose_at_most_one_save(tmp_path):
+    folder = tmp_path / "checkpoints"
+
+    def start(report):
+        arguments, log = (2, save_together_again_and_again, folder / "last.ckpt", report), tmp_path / "log"
+        parent = FORK.Process(target=together, args=arguments, kwargs={"log": log})
+        parent.start()
+        return parent
+
+    kill_at_random(KILLS, folder, start, kill_one_or_both, whole)
 
 
 def newest_step(directory):
     newest, _ = newest_verified(directory)
     return read_manifest(newest)["global_step"] if newest else 0
-
-
-def kill_with_children(pid):
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    for child in (*map(int, children), pid):
-        os.kill(child, signal.SIGKILL)
 
 
 def train_on_full_disk(directory, on_error, answer):
