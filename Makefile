@@ -2,7 +2,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DATA := ../shared/data/colonoscopy
 
-.PHONY: help install quickstart colonoscopy benchmark manifests test cluster lint format clean
+.PHONY: help install quickstart colonoscopy benchmark manifests test cluster soak lint format clean
 
 help:  ## Show what there is to make
 	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,9 @@ test: install lint  ## Lint and run every test but those on a real Slurm
 
 cluster: install  ## Test on a real Slurm of two nodes on this machine; as root, it installs slurm-wlm and munge
 	$(BIN)/python -m pytest tests/cluster
+
+soak: install  ## Kill a run of two processes 100 times, and compare it with an undisturbed one; in about 10 minutes
+	$(BIN)/python -m tests.soak
 
 lint: install  ## Check style
 	$(BIN)/ruff check .
