@@ -219,13 +219,15 @@ class Moment(NamedTuple):
     step: int = 0
 
     def has_come(self, start: Start) -> bool:
+        if start.seen.ended and self.stage in (Stage.TRAINING, Stage.SAVE):
+            return True  # training was faster this time
         since = self._since(start)
         return since is not None and time.monotonic() >= since + self.delay
 
     def _since(self, start: Start) -> float | None:
         if self.stage == Stage.START:
             return start.began
-        if start.seen.ended or self.stage == Stage.END:
+        if self.stage == Stage.END:
             return start.seen.ended or None
         # A start from beyond the step counts from its own beginning.
         reached = next(filter(None, start.times[self.step :]), None)
