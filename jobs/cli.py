@@ -4,6 +4,7 @@ Nothing heavy is imported before a subcommand runs, so that `--help` is instant.
 """
 
 import importlib
+import signal
 import sys
 
 import click
@@ -73,3 +74,6 @@ def run_command(command: click.Command, name: str) -> None:
     except UserError as error:
         click.echo(f"medsynth: {error}", err=True)
         sys.exit(error.exit_code)
+    finally:
+        for number in (signal.SIGUSR1, signal.SIGTERM):  # srun sends one to all once the first has left
+            signal.signal(number, signal.SIG_IGN)

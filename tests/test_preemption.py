@@ -370,6 +370,17 @@ def test_a_second_signal_ends_at_once(phantom, here):
     assert lines[1].startswith("medsynth: second signal, SIGTERM: leaving without saving")
 
 
+def test_a_process_that_is_leaving_keeps_its_exit_code():
+    """srun sends SIGTERM to all processes of a step once the first of them has left."""
+    code = (
+        "import atexit, os, signal, sys, click\n"
+        "from jobs.cli import run_command\n"
+        "atexit.register(os.kill, os.getpid(), signal.SIGTERM)\n"
+        "run_command(click.Command('train', callback=lambda: sys.exit(75)), 'train')\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 75
+
+
 def test_children_leave_signals_to_their_parent():
     """A batch system signals every process of a job: a DataLoader's worker must not end before the run has saved."""
     from torch.utils.data import DataLoader
