@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loops import _FitLoop
 from lightning.pytorch.trainer.states import TrainerFn
 
-from callbacks.checkpoint import log_step
+from callbacks.checkpoint import log_step, save
 from medsynth.errors import UserError
 from medsynth.exit_codes import NO_PROGRESS, PREEMPTED
 
@@ -28,7 +28,7 @@ _ECHO_SECONDS = 2.0
 
 
 class Preempted(SystemExit):
-    """The run was asked to leave and has left a checkpoint."""
+    """The run was asked to leave, and has saved if it could."""
 
     def __init__(self):
         super().__init__(PREEMPTED)
@@ -135,10 +135,13 @@ class Preemption(Checkpoint):
     At the start a run that came back `restarts` times to the same step is refused.
     """
 
-    def __init__(self, config: PreemptionConfig, request: StopRequest, run_dir: Path, checkpoint: Path):
-        """checkpoint: what to save on leaving."""
+    def __init__(
+        self, config: PreemptionConfig, request: StopRequest, run_dir: Path, checkpoint: Path, on_error: str = "stop"
+    ):
+        """checkpoint: what to save on leaving. on_error: whether to leave all the same ("continue") if that fails."""
         self.config, self.request = config, request
-        self._attempts, self._checkpoint = Path(run_dir) / ATTEMPTS_FILE, checkpoint
+        self._attempts = Path(run_dir) / ATTEMPTS_FILE
+        self._checkpoint, self._on_error = checkpoint, on_error
         self._group: Any = None
         self._told: tuple[torch.Tensor, Any] | None = None  # of the step before: everyone's answer, on its way
         self._step = 0
@@ -217,8 +220,7 @@ class Preemption(Checkpoint):
             raise Preempted
 
     def _save(self, trainer: L.Trainer) -> None:
-        trainer.save_checkpoint(self._checkpoint)
-        self.request.saved = True
+        self.request.saved = save(trainer, self._checkpoint, self._on_error)
 
     def _owes_validation(self, trainer: L.Trainer) -> bool:
         """Whether a validation is due where training stands, and not done."""

@@ -86,7 +86,8 @@ def _train(config, request):
         module.compile()
     run_dir = Path(config.run_dir)
     last = run_dir / "checkpoints" / LAST
-    preemption = Preemption(instantiate(config, "preemption"), request, run_dir, last)
+    on_error = config.checkpoint.on_error
+    preemption = Preemption(instantiate(config, "preemption"), request, run_dir, last, on_error)
     evaluation = Evaluation(instantiate(config, "evaluation"), run_dir, config.seed, preemption.leave_if_asked)
 
     write_config(config)

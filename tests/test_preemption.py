@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -242,6 +243,39 @@ def test_a_signal_during_a_save_is_answered_after_it(undisturbed, phantom, here)
             train(configured(phantom, "run", "checkpoint.every_steps=2"))
     assert read_manifest("run/checkpoints/last.ckpt")["global_step"] in (2, 3)
     train(configured(phantom, "run", "checkpoint.every_steps=2"))
+    check_like_undisturbed(here / "run", undisturbed)
+
+
+def on_full_disk(save: Callable[..., None]) -> Callable[..., None]:
+    def saving(*args) -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
+        try:
+            save(*args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+    return saving
+
+
+@pytest.mark.parametrize(("on_error", "code"), [("continue", 75), ("stop", 2)])
+def test_a_run_that_cannot_save_when_it_is_asked_to_leave(on_error, code, undisturbed, phantom, here):
+    """It goes on from the checkpoint before; where a failed save ends a run, it is not started again."""
+    settings = ["checkpoint.every_steps=1", f"checkpoint.on_error={on_error}"]
+
+    def work() -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            signal_at(patch, EMA, "_update", 4)
+            patch.setattr(Preemption, "_save", on_full_disk(Preemption._save))
+            try:
+                train(configured(phantom, "run", *settings))
+            except UserError as error:
+                assert "last.ckpt could not be written" in str(error)
+                sys.exit(error.exit_code)
+
+    assert forked(work) == code
+    assert read_manifest("run/checkpoints/last.ckpt")["global_step"] == 4
+    train(configured(phantom, "run"))
     check_like_undisturbed(here / "run", undisturbed)
 
 
