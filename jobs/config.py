@@ -28,6 +28,8 @@ PRECISIONS = {
     "deepspeed3": ("32-true", "bf16-mixed"),
 }
 """The strategies, and the precisions that each trains with; weights that learn are float32 in all of them."""
+GPU_NODE = Path(__file__).parent.parent / "configs/hardware/a100x8.yaml"
+"""What lies under the config of a run on a cluster that says nothing of its hardware."""
 
 
 @dataclass
@@ -127,6 +129,22 @@ def load_arguments(arguments: Sequence[str]) -> DictConfig:
     """`load_config` of a command line: config files, and settings, which hold a "="."""
     files = [argument for argument in arguments if "=" not in argument]
     return load_config(files, [argument for argument in arguments if "=" in argument])
+
+
+def load_for_nodes(arguments: Sequence[str], nodes: int = 1, processes: int | None = None) -> DictConfig:
+    """`load_arguments` over `GPU_NODE`, for a run on `nodes` machines of `processes` each.
+
+    processes: by default 8, or the half of it and so on that the global batch can be divided among.
+
+    Raises:
+        UserError: as `load_config`, and where the batch cannot be divided so.
+    """
+    arguments = [str(GPU_NODE), *arguments, f"hardware.nodes={nodes}"]
+    if processes is None:
+        alone = load_arguments([*arguments, "hardware.nodes=1", "hardware.devices=1"])
+        batches = alone.train.global_batch_size // alone.train.device_batch_size
+        processes = next((most for most in (8, 4, 2) if batches % (most * nodes) == 0), 1)
+    return load_arguments([*arguments, f"hardware.devices={processes}"])
 
 
 def instantiate(config: DictConfig, section: str) -> Any:

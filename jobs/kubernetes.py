@@ -12,15 +12,13 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from omegaconf import DictConfig
 
-from jobs.config import load_config, to_yaml
+from jobs.config import load_for_nodes, to_yaml
 from medsynth import __version__
 from medsynth.errors import UserError
 from medsynth.exit_codes import NO_PROGRESS, PREEMPTED, USER_ERROR
 
 REPOSITORY = Path(__file__).parent.parent
 IMAGE = f"medsynth:{__version__}"
-GPUS = 8
-"""Of a pod, where the batch allows."""
 
 # Of a pod, for each GPU; the smallest usual nodes of 8 have 96 CPUs and 680 GB.
 _CPUS, _MEMORY_GIB, _SHM_GIB = 10, 64, 8
@@ -41,26 +39,8 @@ def manifest_path(preset: Path) -> Path:
 
 
 def load_for_pods(arguments: Sequence[str], nodes: int = 1, gpus: int | None = None) -> DictConfig:
-    """The config of a run on `nodes` pods of `gpus` processes.
-
-    arguments: as of `medsynth train`; under them lie configs/hardware/a100x8.yaml and a longer time to save.
-    gpus: by default 8, or as many as the global batch can be divided among.
-
-    Raises:
-        UserError: as `load_config`, and where the batch cannot be divided so.
-    """
-    files = [REPOSITORY / "configs/hardware/a100x8.yaml", *(name for name in arguments if "=" not in name)]
-    settings = [_GRACE, *(argument for argument in arguments if "=" in argument)]
-    if gpus is None:
-        alone = load_config(files, [*settings, "hardware.devices=1", "hardware.nodes=1"])
-        gpus = most_gpus(alone, nodes)
-    return load_config(files, [*settings, f"hardware.devices={gpus}", f"hardware.nodes={nodes}"])
-
-
-def most_gpus(config: DictConfig, nodes: int = 1) -> int:
-    """The most GPUs a node, 8 or a half of it and so on, among which `train.global_batch_size` can be divided."""
-    batches = config.train.global_batch_size // config.train.device_batch_size
-    return next((gpus for gpus in (GPUS, 4, 2) if batches % (gpus * nodes) == 0), 1)
+    """`load_for_nodes` of a run on `nodes` pods of `gpus` processes, which have a longer time to save."""
+    return load_for_nodes([_GRACE, *arguments], nodes, gpus)
 
 
 def render(config: DictConfig, *, name: str | None = None, image: str = IMAGE) -> str:
