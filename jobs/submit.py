@@ -4,13 +4,15 @@ The resolved config is what travels. `--cluster slurm` and `local` go through su
 
     RUN/submit/<date>.yaml            the config that the job trains
     RUN/submit/<job>_<rank>_log.out   what each process prints
-    RUN/submit/<job>_exit_code        what the job has ended with, once it has
+    RUN/submit/<job>_exit_code        what the job has ended with, where another start would change nothing
 
-A job that was preempted saves and is requeued through submitit's `checkpoint()`, under the same id.
+A job that was preempted saves and is started again under the same id: on Slurm by slurm/common.sh, as those of sbatch,
+here by submitit through `checkpoint()`.
 """
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,16 +20,18 @@ import time
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
+from types import FrameType
 
 import click
 
 from medsynth.errors import UserError
-from medsynth.exit_codes import PREEMPTED
+from medsynth.exit_codes import NO_PROGRESS, PREEMPTED, USER_ERROR
 
 _ENDED = re.compile("COMPLETED|FAILED|CANCELLED|TIMEOUT|NODE_FAIL|OUT_OF_MEMORY|BOOT_FAIL|DEADLINE|PREEMPTED")
+SIGNAL_SECONDS = 300
+"""Ahead of its time limit a run is asked to leave, or at half of a limit below ten minutes."""
 # How often a job may be requeued is not submitit's to say: training ends by itself where it makes no progress.
 _REQUEUES = 1_000_000
-_SIGNAL_SECONDS = 300
 _CPUS_PER_GPU = 8
 
 
@@ -70,7 +74,7 @@ def load_for_job(cluster: str, arguments: Sequence[str], nodes: int | None, gpus
     Raises:
         UserError: as `jobs.config.load_config`, or the method does not train so.
     """
-    from jobs.config import load_arguments
+    from jobs.config import load_arguments, load_for_nodes
     from jobs.kubernetes import load_for_pods
     from jobs.runs import build_module
     from jobs.train import check_support
@@ -79,9 +83,11 @@ def load_for_job(cluster: str, arguments: Sequence[str], nodes: int | None, gpus
         given = {"nodes": nodes, "devices": gpus}
         settings = [f"hardware.{key}={value}" for key, value in given.items() if value is not None]
         config = load_arguments([*arguments, *settings])
+    elif cluster == "kubernetes":
+        config = load_for_pods(arguments, nodes or 1, gpus)
     else:
         settings = ["hardware.accelerator=cpu", "hardware.precision=32-true"] if on_cpus else []
-        config = load_for_pods([*arguments, *settings], nodes or 1, gpus)
+        config = load_for_nodes([*arguments, *settings], nodes or 1, gpus)
     check_support(config, build_module(config))
     return config
 
@@ -119,11 +125,13 @@ def make_executor(cluster: str, config, minutes: int, site: dict[str, str]):
     os.environ["SUBMITIT_PREEMPT_SIGNAL"] = "USR1"  # read when submitit is imported, here and in the job
     make = _make_local_executor if cluster == "local" else _make_slurm_executor
     executor = make(config.hardware, Path(config.run_dir).absolute() / "submit", site)
-    executor.update_parameters(signal_delay_s=_SIGNAL_SECONDS, stderr_to_stdout=True)
+    executor.update_parameters(stderr_to_stdout=True)
+    warning = min(SIGNAL_SECONDS, minutes * 30)
     if cluster == "local":
-        executor.update_parameters(timeout_min=minutes)
+        executor.update_parameters(timeout_min=minutes, signal_delay_s=warning)
     else:
-        executor.update_parameters(time=minutes, job_name=Path(config.run_dir).name)
+        options = {"requeue": True, "signal": f"B:USR1@{warning}"}
+        executor.update_parameters(time=minutes, job_name=Path(config.run_dir).name, additional_parameters=options)
     return executor
 
 
@@ -139,22 +147,24 @@ def _make_local_executor(hardware, folder: Path, site: dict[str, str]):
 
 def _make_slurm_executor(hardware, folder: Path, site: dict[str, str]):
     import submitit
+    from submitit.core.utils import JobPaths
 
-    if "VENV" not in site:  # the process that requeues calls scontrol, which no container has
+    if "VENV" not in site:
         raise UserError("slurm/site.env trains in a container; type sbatch slurm/PRESET.sh for that")
-    try:
-        executor = submitit.SlurmExecutor(folder, max_num_timeout=_REQUEUES, python=f"{site['VENV']}/bin/python")
+    cpus = _CPUS_PER_GPU if _gpus(hardware) else hardware.threads or 1
+    log = shlex.quote(str(JobPaths(folder).stdout))
+    options = f"--unbuffered --output={log} --open-mode=append --cpus-per-task={cpus} --kill-on-bad-exit=1"
+    try:  # in place of python: what slurm/common.sh starts it with
+        executor = submitit.SlurmExecutor(folder, python=f"train in_step {options} --")
     except RuntimeError:
         raise UserError("there is no srun here; --cluster slurm is called where sbatch is") from None
-    cpus = _CPUS_PER_GPU if _gpus(hardware) else hardware.threads or 1
     executor.update_parameters(
         nodes=hardware.nodes,
         ntasks_per_node=hardware.devices,
         gpus_per_node=_gpus(hardware) or None,
         cpus_per_task=cpus,
-        setup=["export MASTER_ADDR=$(hostname)"],  # the batch script runs on the first node, where rank 0 is
-        srun_args=[f"--cpus-per-task={cpus}", "--open-mode=append"],
-        additional_parameters={"requeue": True},
+        setup=[". slurm/common.sh", "begin", "read_site"],
+        use_srun=False,
     )
     return executor
 
@@ -205,15 +215,19 @@ class TrainJob:
         import submitit
 
         job = submitit.JobEnvironment()
-        # While python still imports, the handler of submitit requeues at once: there is nothing to save.
         requeue = signal.getsignal(signal.SIGUSR1)
         if job.cluster == "local":
             _join_local_processes(job)
+            _handle(_leave_unbegun)
+        else:
+            _handle(signal.SIG_DFL)  # slurm/common.sh knows of the signal, and what it has ended
         code = self._train()
+        _handle(signal.SIG_IGN)  # srun sends SIGTERM to all when the first has failed, and rank 0 is still to speak
         if job.global_rank == 0:
-            if code == PREEMPTED and (job.cluster == "local" or _slurm_lets_run(job.job_id)):
+            if code in (0, USER_ERROR, NO_PROGRESS):
+                _exit_code_file(job).write_text(str(code))
+            elif code == PREEMPTED and job.cluster == "local":
                 requeue(signal.SIGUSR1, None)
-            _exit_code_file(job).write_text(str(code))
         sys.exit(code)
 
     def checkpoint(self):
@@ -236,6 +250,17 @@ class TrainJob:
         return 0
 
 
+def _handle(handler) -> None:
+    """Set what becomes of the signals that ask a run to leave, where training does not listen itself."""
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, handler)
+
+
+def _leave_unbegun(number: int, frame: FrameType | None) -> None:
+    """There is nothing to save while python still imports."""
+    sys.exit(PREEMPTED)
+
+
 def _join_local_processes(job) -> None:
     """Tell Lightning of the processes that submitit has started, as torchrun would."""
     for name in [name for name in os.environ if name.startswith("SLURM_")]:
@@ -243,11 +268,6 @@ def _join_local_processes(job) -> None:
     port = 15000 + int(job.job_id) % 10000
     os.environ |= {"LOCAL_RANK": str(job.local_rank), "NODE_RANK": "0"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-
-
-def _slurm_lets_run(job_id: str) -> bool:
-    """Whether Slurm is not itself ending the job: a job that its owner cancelled would rise again by a requeue."""
-    return _slurm_state(job_id) == "RUNNING"
 
 
 def _slurm_state(job_id: str) -> str:

@@ -1,5 +1,6 @@
 # shellcheck shell=bash
-# What every script of this folder does, sourced from the repository's root. docs/clusters.md says how it is used.
+# What every script of this folder does, and what the one that `medsynth submit` makes does around its step; sourced from
+# the repository's root. docs/clusters.md says how it is used.
 #
 # Who requeues: this script and nobody else, besides Slurm itself.
 #   0       finished                      left
@@ -75,10 +76,7 @@ mounts() {
 
 # launch FILE… -- [FILE…] [KEY=VALUE…]: train the config that FILEs, the allocation and the arguments make.
 launch() {
-  [ -n "${SLURM_JOB_ID-}" ] || fail "start it with sbatch"
-  signalled='' ended=''
-  trap on_usr1 USR1
-  trap 'ended=1' TERM
+  begin
   local asked=${SBATCH_PARTITION-}
   read_site
   warn_of_partition "$asked"
@@ -92,20 +90,31 @@ launch() {
     shift
   done
   shift
+  # srun would take it for its own, beside --cpus-per-task, and refuse the two together.
+  unset SLURM_CPUS_PER_GPU
+
+  local config=runs/slurm/$SLURM_JOB_ID.yaml settings processes
+  # Slurm may begin its numbers anew: what a job of this number left is not this one's.
+  if [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; then rm -f "$config"; fi
+  set_settings
+  resolve "$config" "${files[@]}" "${settings[@]}" "$@"
+  processes=$(processes_a_node)
+  train in_step --nodes="$SLURM_JOB_NUM_NODES" --ntasks=$((SLURM_JOB_NUM_NODES * processes)) \
+    --ntasks-per-node="$processes" --cpus-per-task=$((SLURM_CPUS_ON_NODE / processes)) --kill-on-bad-exit=1 \
+    -- -m jobs.train "$config"
+}
+
+# Before anything else in a batch script.
+begin() {
+  [ -n "${SLURM_JOB_ID-}" ] || fail "start it with sbatch"
+  signalled='' ended='' failures=runs/slurm/$SLURM_JOB_ID.failures
+  trap on_usr1 USR1
+  trap 'ended=1' TERM
   # The batch script runs on the first node, where rank 0 is.
   MASTER_ADDR=$(hostname)
   MASTER_PORT=$((15000 + SLURM_JOB_ID % 10000))
   export MASTER_ADDR MASTER_PORT
-  # srun would take it for its own, beside --cpus-per-task, and refuse the two together.
-  unset SLURM_CPUS_PER_GPU
-
-  local config=runs/slurm/$SLURM_JOB_ID.yaml settings
-  failures=runs/slurm/$SLURM_JOB_ID.failures
-  # Slurm may begin its numbers anew: what a job of this number left is not this one's.
-  if [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; then rm -f "$config" "$failures"; fi
-  set_settings
-  resolve "$config" "${files[@]}" "${settings[@]}" "$@"
-  train "$config"
+  if [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; then rm -f "$failures"; fi # of an earlier job of this number
 }
 
 # Slurm has read the SBATCH_ lines only where they stood in the shell that called sbatch, which had asked for $1.
@@ -147,13 +156,10 @@ resolve() {
   fi
 }
 
-# train YAML: in one process a GPU, until all have ended.
+# train COMMAND…: an srun, in one process a GPU, until all have ended, and with them the job.
 train() {
   [ -z "$signalled" ] || finish 75
-  local processes
-  processes=$(processes_a_node)
-  in_step --nodes="$SLURM_JOB_NUM_NODES" --ntasks=$((SLURM_JOB_NUM_NODES * processes)) --ntasks-per-node="$processes" \
-    --cpus-per-task=$((SLURM_CPUS_ON_NODE / processes)) --kill-on-bad-exit=1 -- -m jobs.train "$1" &
+  "$@" &
   step=$!
   # A trap cuts `wait` short; the step is over when its process is, and its exit code is kept.
   while kill -0 "$step" 2>/dev/null; do wait "$step"; done
@@ -171,7 +177,8 @@ on_usr1() {
 # Where a rank hangs, requeue while the time limit has not yet struck: a job that ended as TIMEOUT cannot be requeued.
 last_word() {
   local end
-  end=$(date --date="$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e)" +%s 2>/dev/null) || return # no limit
+  end=$(SLURM_TIME_FORMAT=%s squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e)
+  [[ $end =~ ^[0-9]+$ ]] || return # no limit
   while [ "$(date +%s)" -lt $((end - LAST_SECONDS)) ]; do
     sleep 2
     kill -0 $$ 2>/dev/null || return # the script has ended, and this with it

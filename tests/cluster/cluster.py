@@ -1,10 +1,13 @@
 """A real Slurm of two virtual nodes, and a run on it that is short and the same bit for bit."""
 
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from tests.conftest import REPOSITORY
 
 STEPS = 120
 RUN = "runs/tiny-msdm"
+ALLOCATION = ["--nodes=2", "--gpus-per-node=1", "--cpus-per-gpu=1"]
 SETTINGS = [
     "configs/tiny/msdm.yaml",
     "data.root=phantom",
@@ -32,8 +36,10 @@ SETTINGS = [
     "preemption.grace_seconds=10",
 ]
 
+SUBMIT = [sys.executable, "-m", "jobs.submit", "configs/msdm.yaml", *SETTINGS]
 
-def wait_for(condition: Callable[[], object], what: str, seconds: float = 120, pause: float = 0.1):
+
+def wait_for(condition: Callable[[], object], what: str, seconds: float = 240, pause: float = 0.1):
     """The first true value of `condition`, asked every `pause` seconds."""
     end = time.monotonic() + seconds
     while not (value := condition()):
@@ -99,36 +105,187 @@ def write_site(clone: Path, venv: Path = Path(sys.prefix), **facts: str) -> None
     (clone / "slurm/site.env").write_text("".join(f"export {key}={value}\n" for key, value in lines.items()))
 
 
-def submit(slurm: Slurm, folder: Path, *settings: str) -> str:
-    options = ["--parsable", "--nodes=2", "--gpus-per-node=1", "--cpus-per-gpu=1"]
-    return slurm.call("sbatch", *options, "slurm/msdm.sh", *SETTINGS, *settings, cwd=folder)
+def submit(slurm: Slurm, folder: Path, *settings: str, options: Sequence[str] = ()) -> str:
+    """The id of the job of slurm/msdm.sh, two nodes with a process each."""
+    return slurm.call("sbatch", "--parsable", *ALLOCATION, *options, "slurm/msdm.sh", *SETTINGS, *settings, cwd=folder)
+
+
+def start(slurm: Slurm, folder: Path, *options: str) -> subprocess.Popen[str]:
+    """`medsynth submit … --watch`, which prints into watched.log."""
+    command = [*SUBMIT, *options, "--watch"]
+    out = (folder / "watched.log").open("w")
+    return subprocess.Popen(command, cwd=folder, env=slurm.environment, stdout=out, stderr=subprocess.STDOUT, text=True)
+
+
+def job_of(folder: Path) -> str:
+    """The id that `medsynth submit` has printed."""
+    lines = wait_for(lambda: watched(folder).splitlines(), "a job", 180)
+    assert lines[0].startswith("job "), lines
+    return lines[0].split()[1]
+
+
+def watched(folder: Path) -> str:
+    return (folder / "watched.log").read_text()
 
 
 def log(folder: Path, job: str) -> str:
     return "".join(path.read_text() for path in folder.glob(f"**/*{job}*.*o*[gt]"))[-6000:]
 
 
-def step(folder: Path) -> int:
+def step(folder: Path, run: str = RUN) -> int:
     """The global step of the last checkpoint, 0 where there is none."""
     try:
-        return read_manifest(folder / RUN / "checkpoints/last.ckpt")["global_step"]
+        return read_manifest(folder / run / "checkpoints/last.ckpt")["global_step"]
     except UserError:  # just being replaced, or none yet
         return 0
 
 
-def assert_same_run(folder: Path, undisturbed: Path) -> None:
-    """Bit for bit the same weights and averages, and one MLflow run in which no step comes twice or back."""
-    assert step(folder) == STEPS
+class Training:
+    """The job that trains in `folder`, whose ranks are processes of this machine, and what can happen to it."""
+
+    def __init__(self, slurm: Slurm, folder: Path, job: str):
+        self.slurm, self.folder, self.job = slurm, folder, job
+
+    def requeue(self) -> None:
+        self.slurm.call("scontrol", "requeue", self.job)
+
+    def lose_a_node(self) -> None:
+        self.slurm.lose_node(self.job)
+
+    def make_room(self) -> None:
+        """For a more urgent job: Slurm's own preemption."""
+        options = ["--parsable", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null"]
+        urgent = self.slurm.call("sbatch", *options, "--wrap=sleep 1", cwd=self.folder)
+        assert self.slurm.end(urgent)["JobState"] == "COMPLETED"
+
+    def kill_a_rank(self) -> None:
+        """As the kernel does where memory runs out."""
+        os.kill(self.ranks()[1], signal.SIGKILL)
+
+    def warn(self) -> None:
+        """What --signal=B:USR1@… does ahead of the time limit."""
+        self.slurm.call("scancel", "--batch", "--signal=USR1", self.job)
+
+    def warn_twice(self) -> None:
+        self.warn()
+        self.warn()
+
+    def warn_during_a_save(self) -> None:
+        checkpoints = self.folder / RUN / "checkpoints"
+        wait_for(lambda: list(checkpoints.glob(".last.ckpt.tmp-*")), "a save", pause=0.001)
+        self.warn()
+
+    def terminate_the_ranks(self) -> None:
+        self.slurm.call("scancel", "--signal=TERM", self.job)
+
+    def stop_a_rank(self, rank: int = 1) -> None:
+        """The other one must not wait for it longer than the grace."""
+        os.kill(self.ranks()[rank], signal.SIGSTOP)
+        self.warn()
+
+    def stop_the_first_rank(self) -> None:
+        self.stop_a_rank(0)
+
+    def send(self, number: signal.Signals) -> None:
+        """A signal to both ranks, past Slurm."""
+        for process in self.ranks().values():
+            os.kill(process, number)
+
+    def hold_a_warning(self) -> bool:
+        """Whether both ranks, which are stopped, have been sent SIGUSR1."""
+        return all(pending(process, signal.SIGUSR1) for process in self.ranks().values())
+
+    def shorten(self, seconds: int) -> None:
+        """Move the time limit, which is in minutes, to `seconds` from now or up to a minute later."""
+        hours, minutes, past = (int(part) for part in self.slurm.job(self.job)["RunTime"].split(":"))
+        self.limit(hours * 60 + minutes + (past + seconds) // 60 + 1)
+
+    def limit(self, minutes: int) -> None:
+        self.slurm.call("scontrol", "update", f"jobid={self.job}", f"timelimit={minutes}")
+
+    def survive(self, disturbances: Sequence[Callable[[], None]]) -> None:
+        """Let each happen to a start of the job once it has made a step; Slurm starts it again each time."""
+        before = int(self.slurm.job(self.job)["Restarts"])
+        for restarts, disturb in enumerate(disturbances, start=before + 1):
+            self.wait_for_a_step()
+            disturb()
+            self.wait_for_restart(restarts, disturb.__name__)
+
+    def wait_for_a_step(self) -> None:
+        before = step(self.folder)
+        wait_for(lambda: step(self.folder) > before, f"a step: {self.log()}", 300)
+
+    def wait_for_restart(self, restarts: int, why: str, seconds: float = 240) -> None:
+        """Until the job's script has begun anew that often."""
+        wait_for(lambda: self.slurm.job(self.job)["Restarts"] == str(restarts), f"{why}, {self.log()}", seconds)
+        wait_for(lambda: self.starts() > restarts, f"start {restarts + 1}, {self.log()}")
+
+    def wait_for_ranks(self) -> dict[int, int]:
+        """`ranks`, once both are there."""
+        return wait_for(lambda: len(found := self.ranks()) == 2 and found, f"two processes: {self.log()}", 240, 0.02)
+
+    def ranks(self) -> dict[int, int]:
+        """Process id of each rank."""
+        found = {}
+        for process in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError, UnicodeDecodeError):
+                variables = dict(item.partition("=")[::2] for item in (process / "environ").read_text().split("\0"))
+                python = self.module in (process / "cmdline").read_text().split("\0") and "SLURM_PROCID" in variables
+                if python and (process / "cwd").resolve() == self.folder:
+                    found[int(variables["SLURM_PROCID"])] = int(process.name)
+        return found
+
+    def starts(self) -> int:
+        """How often the batch script has begun."""
+        raise NotImplementedError
+
+    def log(self) -> str:
+        return log(self.folder, self.job)
+
+
+def pending(process: int, number: signal.Signals) -> bool:
+    """Whether the process has been sent a signal that it has not yet taken."""
+    status = Path(f"/proc/{process}/status").read_text()
+    (mask,) = [line.split()[1] for line in status.splitlines() if line.startswith("ShdPnd")]
+    return bool(int(mask, 16) >> (number - 1) & 1)
+
+
+class BatchTraining(Training):
+    """Begun by sbatch."""
+
+    module = "jobs.train"
+
+    def starts(self) -> int:
+        return (self.folder / f"slurm/logs/msdm-{self.job}.log").read_text().count("log: ")
+
+
+class SubmittedTraining(Training):
+    """Begun by `medsynth submit`."""
+
+    module = "submitit.core._submit"
+
+    def starts(self) -> int:
+        return self.log().count("Starting with")
+
+    def log(self) -> str:
+        path = self.folder / RUN / f"submit/{self.job}_0_log.out"
+        return path.read_text() if path.exists() else ""
+
+
+def assert_same_run(folder: Path, undisturbed: Path, run: str = RUN, runs: int = 1) -> None:
+    """Bit for bit the same weights and averages, and one MLflow run, of `runs`, where no step comes twice or back."""
+    assert step(folder, run) == STEPS
     for file in ("weights", "ema"):
         path = f"checkpoints/last.ckpt/{file}.safetensors"
-        one, other = load_file(undisturbed / path), load_file(folder / RUN / path)
+        one, other = load_file(undisturbed / path), load_file(folder / run / path)
         assert one.keys() == other.keys()
         assert not [key for key in one if not torch.equal(one[key], other[key])], file
     client = mlflow_client(f"sqlite:///{folder}/mlruns.db")
     (experiment,) = [item for item in client.search_experiments() if item.name == "medsynth"]
-    (run,) = client.search_runs([experiment.experiment_id])
-    assert run.info.run_id == read_run_id(folder / RUN)
-    assert run.info.status == "FINISHED"
-    steps = [point.step for point in client.get_metric_history(run.info.run_id, "train/loss")]
+    tracked = {item.info.run_id: item for item in client.search_runs([experiment.experiment_id])}
+    assert len(tracked) == runs
+    (info,) = [item.info for key, item in tracked.items() if key == read_run_id(folder / run)]
+    assert info.status == "FINISHED"
+    steps = [point.step for point in client.get_metric_history(info.run_id, "train/loss")]
     assert steps == sorted(set(steps))  # a step that was saved when its process was killed may not have been logged
     assert steps[-1] == STEPS - 1

@@ -52,6 +52,6 @@ def undisturbed(slurm, folders) -> Path:
     """The run directory of a run that nothing has disturbed."""
     folder = folders("undisturbed")
     job = submit(slurm, folder)
-    fields = slurm.end(job, seconds=300)
+    fields = slurm.end(job, seconds=600)
     assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "0"), log(folder, job)
     return folder / RUN

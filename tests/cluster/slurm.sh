@@ -96,7 +96,12 @@ start() {
 
 stop() {
   cd "$1"
-  SLURM_CONF=$PWD/slurm.conf scancel --partition=gpu,urgent --full --signal=KILL 2>/dev/null || true
+  export SLURM_CONF=$PWD/slurm.conf
+  scancel --partition=gpu,urgent --full --signal=KILL 2>/dev/null || true
+  for _ in {1..20}; do # without slurmd nobody would end what a job has started
+    if [ -z "$(squeue --noheader 2>/dev/null)" ]; then break; fi
+    sleep 0.5
+  done
   signal_daemons TERM || true
   for _ in {1..20}; do
     signal_daemons 0 || return 0

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from jobs.config import load_config
-from jobs.submit import parse_minutes
+from jobs.submit import SIGNAL_SECONDS, load_for_job, parse_minutes
 from jobs.sweep import read_sweep
 from medsynth.errors import UserError
 from tests.conftest import REPOSITORY
@@ -74,6 +74,12 @@ def test_time_limits(limit, minutes):
 def test_another_time_limit_is_refused(limit):
     with pytest.raises(UserError, match=r"\[DAYS-\]HOURS"):
         parse_minutes(limit)
+
+
+def test_a_submitted_run_that_hangs_is_ended_before_the_limit_it_is_warned_of():
+    for cluster in ("slurm", "local"):
+        config = load_for_job(cluster, [str(CONFIGS / "msdm.yaml")], nodes=1, gpus=None)
+        assert config.preemption.grace_seconds < SIGNAL_SECONDS
 
 
 def test_shellcheck_has_nothing_to_say():

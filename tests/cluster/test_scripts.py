@@ -126,15 +126,6 @@ def test_what_its_owner_cancels_stays_cancelled(slurm, stand_in):
     assert heard(stand_in) == 2, "it had the time to save"
 
 
-def test_a_hung_rank_and_a_time_limit_that_strikes(slurm, stand_in):
-    """The ranks hear nothing; they are ended while the job can still be requeued."""
-    do = "[ ${SLURM_RESTART_COUNT:-0} = 1 ] && exit 0; kill -STOP $$"
-    job = submit(slurm, stand_in, do, "--time=1", "--signal=B:USR1@20")
-    fields = slurm.end(job, seconds=180)
-    assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1"), log(stand_in, job)
-    assert "has not ended in time" in log(stand_in, job)
-
-
 def test_a_job_that_a_more_urgent_one_preempts(slurm, stand_in):
     """Slurm's own preemption: SIGTERM, and at the end of its grace a requeue."""
     job = submit(slurm, stand_in, HEAR.format("TERM"), "--nodes=2")

@@ -2,44 +2,47 @@
 
 import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
-from tests.cluster.cluster import RUN, SETTINGS, assert_same_run, step, wait_for
-
-SUBMIT = [sys.executable, "-m", "jobs.submit", "configs/msdm.yaml", *SETTINGS]
-
-
-def start(slurm, folder: Path, *options: str) -> subprocess.Popen[str]:
-    command = [*SUBMIT, *options, "--watch"]
-    out = (folder / "watched.log").open("w")
-    return subprocess.Popen(command, cwd=folder, env=slurm.environment, stdout=out, stderr=subprocess.STDOUT, text=True)
-
-
-def job_of(folder: Path) -> str:
-    """The id that `medsynth submit` has printed."""
-    lines = wait_for(lambda: (folder / "watched.log").read_text().splitlines(), "a job", 180)
-    assert lines[0].startswith("job "), lines
-    return lines[0].split()[1]
+from tests.cluster.cluster import (
+    RUN,
+    SUBMIT,
+    SubmittedTraining,
+    assert_same_run,
+    job_of,
+    start,
+    step,
+    wait_for,
+    watched,
+)
 
 
-def watched(folder: Path) -> str:
-    return (folder / "watched.log").read_text()
-
-
-def test_a_run_through_slurm_is_watched_through_a_preemption(slurm, folders, undisturbed):
+def test_a_run_through_everything_that_slurm_does_is_watched_to_its_end(slurm, folders, undisturbed):
     folder = folders("submitted")
-    process = start(slurm, folder, "--cluster=slurm", "--nodes=2", "--gpus=1", "--time=1:00:00")
-    job = job_of(folder)
-    wait_for(lambda: step(folder) > 0, f"a step: {watched(folder)}", 180)
-    slurm.call("scancel", "--signal=USR1", job)  # what --signal does ahead of the time limit
+    options = ["--cluster=slurm", "--nodes=2", "--gpus=1", "--time=1:00:00"]
+    process = start(slurm, folder, *options)
+    training = SubmittedTraining(slurm, folder, job_of(folder))
+    disturbances = [
+        training.warn,
+        training.requeue,
+        training.lose_a_node,
+        training.kill_a_rank,
+        training.make_room,
+        training.warn_during_a_save,
+        training.terminate_the_ranks,
+        training.warn_twice,
+        training.stop_a_rank,
+        training.stop_the_first_rank,
+    ]
+    training.survive(disturbances)
+    training.wait_for_ranks()
+    training.warn()  # before the first step
     assert process.wait(400) == 0, watched(folder)
-    fields = slurm.end(job)
-    assert (fields["JobState"], fields["Restarts"], fields["TimeLimit"]) == ("COMPLETED", "1", "01:00:00")
+    fields = slurm.end(training.job)
+    assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", str(len(disturbances) + 1)), training.log()
+    assert fields["TimeLimit"] == "01:00:00"
     assert_same_run(folder, undisturbed)
     assert "MLflow: mlflow ui --backend-store-uri sqlite:///" in watched(folder)
     assert "resuming from" in watched(folder)
@@ -74,6 +77,15 @@ def test_what_the_job_ends_with_is_what_watch_ends_with(slurm, folders):
     assert "nowhere" in watched(folder)
 
 
+def test_a_mistake_that_every_process_finds_ends_the_job(slurm, folders):
+    folder = folders("refused")
+    process = start(slurm, folder, "--cluster=slurm", "--nodes=1", "--gpus=2", "data.root=nowhere")
+    assert process.wait(180) == 2, watched(folder)
+    fields = slurm.end(job_of(folder))
+    assert (fields["JobState"], fields["ExitCode"], fields["Restarts"]) == ("FAILED", "2:0", "0"), watched(folder)
+    assert "nowhere" in watched(folder)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -105,7 +117,7 @@ def test_dry_run_shows_what_would_be_submitted(slurm, folders):
     printed = slurm.call(*SUBMIT, *options, cwd=folder)
     for line in ("#SBATCH --nodes=2", "#SBATCH --ntasks-per-node=1", "#SBATCH --time=2880", "#SBATCH --requeue"):
         assert line in printed.splitlines()
-    assert "#SBATCH --signal=USR1@300" in printed.splitlines()
+    assert "#SBATCH --signal=B:USR1@300" in printed.splitlines()
     config = OmegaConf.create(printed[printed.index("method: msdm") :])
     assert config.hardware.nodes == 2
     assert not (folder / RUN).exists()
