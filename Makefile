@@ -30,7 +30,7 @@ manifests: install  ## Write k8s/ anew from the configs
 	$(BIN)/python -m jobs.kubernetes
 
 test: install lint  ## Lint and run every test but those on a real Slurm
-	$(BIN)/python -m pytest --ignore=tests/cluster
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal --ignore=tests/cluster
 
 cluster: install  ## Test on a real Slurm of two nodes on this machine; as root, it installs slurm-wlm and munge
 	$(BIN)/python -m pytest tests/cluster
