@@ -73,6 +73,7 @@ class FineTuning(Denoising):
     def _let_text_learn(self) -> None:
         if self.cached_text:
             raise UserError("model.train_text_encoder: the cache holds text, which must not change; encode again")
+        self.text_encoder.learns = True
         if self.config.text_adapter.rank:
             attach(self.text_encoder.model, self.config.text_adapter, "model.text_adapter")
         else:

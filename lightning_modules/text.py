@@ -1,5 +1,6 @@
 """Text encoders, frozen unless a method trains them."""
 
+import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,9 @@ from torch import Tensor, nn
 
 from lightning_modules.weights import RANDOM, Weights, made_here
 from medsynth.errors import UserError
+
+# One thread tokenises a batch's few captions sooner than others wake up.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class TextEncoderConfig:
 
 
 class TextEncoder(nn.Module):
-    """Captions to token embeddings, without gradients."""
+    """Captions to token embeddings; without gradients, unless its `model` learns."""
 
     def __init__(self, config: TextEncoderConfig, key: str = "model.text_encoder.source", attend_padding: bool = False):
         """Load or make the encoder.
@@ -44,6 +48,7 @@ class TextEncoder(nn.Module):
         """
         super().__init__()
         self.max_tokens, self.chunks, self.attend_padding = config.max_tokens, config.chunks, attend_padding
+        self.learns = False  # else the same caption has the same embedding
         self._memory: dict[str, tuple[Tensor, Tensor]] = {}
         self.tokenizer, self.model = _random(config) if config.source == RANDOM else _pretrained(config, key)
         self.model.requires_grad_(False).eval()
@@ -54,7 +59,7 @@ class TextEncoder(nn.Module):
         A frozen encoder remembers the last 1,024 different captions: data sets say the same few hundred things over and
         over.
         """
-        if any(parameter.requires_grad for parameter in self.model.parameters()):
+        if self.learns:
             return self._embed(captions)
         new = sorted({caption for caption in captions if caption not in self._memory})
         if new:
@@ -72,14 +77,15 @@ class TextEncoder(nn.Module):
     def _embed(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         ids = self.tokenizer(captions, add_special_tokens=False, verbose=False).input_ids
         windows = [w for caption, own in zip(captions, ids, strict=True) for w in self._windows(caption, own)]
-        tokens = self.tokenizer.pad(
-            {"input_ids": windows}, padding="max_length", max_length=self.max_tokens, return_tensors="pt"
-        ).to(self.model.device)
-        attended = None if self.attend_padding else tokens.attention_mask
-        embeddings = self.model(input_ids=tokens.input_ids, attention_mask=attended).last_hidden_state
+        pad, device = self.tokenizer.pad_token_id, self.model.device
+        padded = [window + [pad] * (self.max_tokens - len(window)) for window in windows]
+        input_ids = torch.tensor(padded, device=device)
+        lengths = torch.tensor([[len(window)] for window in windows], device=device)
+        mask = torch.arange(self.max_tokens, device=device) < lengths
+        attended = None if self.attend_padding else mask.long()
+        embeddings = self.model(input_ids=input_ids, attention_mask=attended).last_hidden_state
         length = self.chunks * self.max_tokens
-        mask = tokens.attention_mask.bool().reshape(len(captions), length)
-        return embeddings.reshape(len(captions), length, -1), mask
+        return embeddings.reshape(len(captions), length, -1), mask.reshape(len(captions), length)
 
     def _windows(self, caption: str, ids: list[int]) -> list[list[int]]:
         """The token ids in `chunks` windows, each with start and end token, not padded."""
