@@ -4,6 +4,7 @@ import time
 from datetime import timedelta
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -57,6 +58,7 @@ class RunProgress(ProgressBar):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._first, self._total = _steps_done(trainer), int(trainer.estimated_stepping_batches)
         self._started = self._last_line = time.perf_counter()
+        self._loss = torch.tensor(float("nan"))
         if not self._enabled or not self._console.is_terminal:
             self._bar = None
             return
@@ -76,6 +78,7 @@ class RunProgress(ProgressBar):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module, outputs, batch, batch_idx: int) -> None:
         if not self._enabled:
             return
+        self._loss = outputs["loss"]
         due = time.perf_counter() - self._last_line >= (0.5 if self._bar else self._interval)
         if due:
             self._show(trainer)
@@ -91,7 +94,7 @@ class RunProgress(ProgressBar):
     def _show(self, trainer: L.Trainer) -> None:
         self._last_line = time.perf_counter()
         done = _steps_done(trainer)
-        loss = float(trainer.callback_metrics.get("train/loss", float("nan")))
+        loss = float(self._loss) * trainer.accumulate_grad_batches  # by which Lightning has divided it
         speed = self._throughput.images_per_second
         if self._bar:
             self._bar.update(self._task, completed=done, loss=loss, speed=speed)

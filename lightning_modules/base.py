@@ -148,8 +148,9 @@ class GenerativeModule(L.LightningModule, ABC):
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         _seed(max(0, int(batch.seeds[0])), self.device)
         losses = self.losses(batch)
-        detached = {f"train/{name}": value.detach() for name, value in losses.items()}
-        self.log_dict(detached, batch_size=len(batch), on_step=True, on_epoch=False)
+        if self.trainer._logger_connector.should_update_logs:  # else Lightning copies them for nobody
+            detached = {f"train/{name}": value.detach() for name, value in losses.items()}
+            self.log_dict(detached, batch_size=len(batch), on_step=True, on_epoch=False)
         return losses["loss"]
 
     def transfer_batch_to_device(self, batch: ImageBatch, device: torch.device, dataloader_idx: int) -> ImageBatch:
