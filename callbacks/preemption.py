@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -21,6 +21,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from callbacks.checkpoint import log_step, save
 from medsynth.errors import UserError
 from medsynth.exit_codes import NO_PROGRESS, PREEMPTED
+from medsynth.files import write_whole
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 ATTEMPTS_FILE = "attempts.json"
@@ -264,10 +265,9 @@ class Preemption(Checkpoint):
         except (OSError, ValueError):
             before = {"step": step, "starts": 0}
         starts = before["starts"] + 1 if before["step"] == step else 1
-        self._attempts.parent.mkdir(parents=True, exist_ok=True)
-        beside = self._attempts.with_name(f".{ATTEMPTS_FILE}")
-        beside.write_text(json.dumps({"step": step, "starts": starts}) + "\n")
-        beside.replace(self._attempts)
+        with suppress(OSError):  # a full disk costs the count, and not the run
+            self._attempts.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(self._attempts, json.dumps({"step": step, "starts": starts}) + "\n")
         return starts
 
 

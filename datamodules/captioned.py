@@ -23,6 +23,7 @@ from datamodules.base import Conditions, DataConfig, ImageBatch, ImageDataModule
 from datamodules.images import MOST_PIXELS, Geometry, check_header, jitter, random_flips, read_rgb
 from datamodules.tables import Table
 from medsynth.errors import UserError
+from medsynth.files import write_whole
 
 Progress = Callable[[int, int], None]
 
@@ -258,7 +259,7 @@ class CaptionedDataModule(ImageDataModule):
         """Write `split.json`: the seed and the sorted names of the pictures that train and that validate."""
         found = self._contents
         split = {"seed": self.seed, "train": picture_names(found.train), "val": picture_names(found.val)}
-        (Path(run_dir) / "split.json").write_text(json.dumps(split, indent=1) + "\n")
+        write_whole(Path(run_dir) / "split.json", json.dumps(split, indent=1) + "\n")
 
     @property
     def _contents(self) -> Contents:

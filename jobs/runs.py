@@ -8,7 +8,6 @@ RUN/export/            the trained weights in the ecosystem's layout
 RUN/tracking/          what MLflow has been sent and what not yet
 """
 
-import os
 from pathlib import Path
 
 import torch
@@ -24,6 +23,7 @@ from jobs.registry import data_class, method_class
 from lightning_modules.base import GenerativeModule
 from lightning_modules.latent_diffusion import LatentDiffusion
 from medsynth.errors import UserError
+from medsynth.files import write_whole
 
 CONFIG_FILE = "config.yaml"
 # Another value here makes other weights: the run directory cannot go on with it.
@@ -80,9 +80,7 @@ def write_config(config: DictConfig) -> None:
         _refuse_another_run(config, OmegaConf.load(path), run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{CONFIG_FILE}.{os.getpid()}")  # several processes write the same at once
-        beside.write_text(to_yaml(config))
-        beside.replace(path)
+        write_whole(path, to_yaml(config))
     except OSError as error:
         raise UserError(f"run_dir={run_dir} cannot be written: {error.strerror}") from None
 

@@ -44,6 +44,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from medsynth import __version__
 from medsynth.errors import UserError
+from medsynth.files import write_whole
 
 _log = logging.getLogger(__name__)
 
@@ -305,9 +306,7 @@ class _Spool:
 
     def save(self, name: str, content: Mapping[str, Any]) -> None:
         """Write JSON file `name` so that a reader sees the old or the new content, never a part."""
-        beside = self.folder / f".{name}.{os.getpid()}"
-        beside.write_text(json.dumps(content, indent=1))
-        beside.replace(self.folder / name)
+        write_whole(self.folder / name, json.dumps(content, indent=1))
 
     def cursor(self) -> dict[str, int]:
         """How far the spool has been sent, in bytes, by lane."""
@@ -729,8 +728,8 @@ class RunTracker(Logger):
 
     def _append(self, kind: str, picture: str | Path | Image.Image | None = None, **content: Any) -> None:
         """Append an event to the spool; a full or failing disk costs the event and one warning, not the training."""
-        spool = self._spool
         try:
+            spool = self._spool
             if picture is not None:
                 content["file"] = spool.keep(picture)
             spool.append(kind, **content)

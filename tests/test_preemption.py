@@ -1,5 +1,6 @@
 """Signals to a run: it saves, leaves with exit code 75, and goes on exactly where it was; and it never hangs."""
 
+import errno
 import json
 import os
 import re
@@ -258,6 +259,10 @@ def on_full_disk(save: Callable[..., None]) -> Callable[..., None]:
     return saving
 
 
+def refuse(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 @pytest.mark.parametrize(("on_error", "code"), [("continue", 75), ("stop", 2)])
 def test_a_run_that_cannot_save_when_it_is_asked_to_leave(on_error, code, undisturbed, phantom, here):
     """It goes on from the checkpoint before; where a failed save ends a run, it is not started again."""
@@ -273,7 +278,15 @@ def test_a_run_that_cannot_save_when_it_is_asked_to_leave(on_error, code, undist
                 assert "last.ckpt could not be written" in str(error)
                 sys.exit(error.exit_code)
 
+    def start_again() -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            signal_at(patch, EMA, "_update", 1)
+            patch.setattr(Path, "write_text", refuse)
+            train(configured(phantom, "run", *settings))
+
     assert forked(work) == code
+    if code == 75:
+        assert forked(start_again) == 75, "the disk is still full when it comes back"
     assert read_manifest("run/checkpoints/last.ckpt")["global_step"] == 4
     train(configured(phantom, "run"))
     check_like_undisturbed(here / "run", undisturbed)
