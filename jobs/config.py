@@ -131,20 +131,29 @@ def load_arguments(arguments: Sequence[str]) -> DictConfig:
     return load_config(files, [argument for argument in arguments if "=" in argument])
 
 
-def load_for_nodes(arguments: Sequence[str], nodes: int = 1, processes: int | None = None) -> DictConfig:
+def load_for_nodes(arguments: Sequence[str], nodes: int | None = None, processes: int | None = None) -> DictConfig:
     """`load_arguments` over `GPU_NODE`, for a run on `nodes` machines of `processes` each.
 
-    processes: by default 8, or the half of it and so on that the global batch can be divided among.
+    nodes, processes: by default what ARGUMENTS say; where they are silent 1, and 8 or the half of it and so on that the
+    global batch can be divided among.
 
     Raises:
         UserError: as `load_config`, and where the batch cannot be divided so.
     """
-    arguments = [str(GPU_NODE), *arguments, f"hardware.nodes={nodes}"]
+    over = [str(GPU_NODE), *arguments]
+    alone = load_arguments([*over, "hardware.nodes=1", "hardware.devices=1"])
+    nodes = nodes or _given(arguments, "hardware.nodes") or 1
+    processes = processes or _given(arguments, "hardware.devices")
     if processes is None:
-        alone = load_arguments([*arguments, "hardware.nodes=1", "hardware.devices=1"])
         batches = alone.train.global_batch_size // alone.train.device_batch_size
         processes = next((most for most in (8, 4, 2) if batches % (most * nodes) == 0), 1)
-    return load_arguments([*arguments, f"hardware.devices={processes}"])
+    return load_arguments([*over, f"hardware.nodes={nodes}", f"hardware.devices={processes}"])
+
+
+def _given(arguments: Sequence[str], key: str) -> Any:
+    """What a command line says of a key, or None; the defaults say nothing."""
+    sources = (_parse(argument) if "=" in argument else _read(Path(argument)) for argument in arguments)
+    return OmegaConf.select(OmegaConf.merge(*sources), key)
 
 
 def instantiate(config: DictConfig, section: str) -> Any:

@@ -38,7 +38,7 @@ def manifest_path(preset: Path) -> Path:
     return REPOSITORY / "k8s" / f"{preset.stem}-train.yaml"
 
 
-def load_for_pods(arguments: Sequence[str], nodes: int = 1, gpus: int | None = None) -> DictConfig:
+def load_for_pods(arguments: Sequence[str], nodes: int | None = None, gpus: int | None = None) -> DictConfig:
     """`load_for_nodes` of a run on `nodes` pods of `gpus` processes, which have a longer time to save."""
     return load_for_nodes([_GRACE, *arguments], nodes, gpus)
 

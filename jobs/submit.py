@@ -26,8 +26,9 @@ import click
 
 from medsynth.errors import UserError
 from medsynth.exit_codes import NO_PROGRESS, PREEMPTED, USER_ERROR
+from medsynth.files import write_whole
 
-_ENDED = re.compile("COMPLETED|FAILED|CANCELLED|TIMEOUT|NODE_FAIL|OUT_OF_MEMORY|BOOT_FAIL|DEADLINE|PREEMPTED")
+_ENDED = re.compile("COMPLETED|FAILED|CANCELLED|TIMEOUT|NODE_FAIL|OUT_OF_MEMORY|BOOT_FAIL|DEADLINE|PREEMPTED|FORGOTTEN")
 SIGNAL_SECONDS = 300
 """Ahead of its time limit a run is asked to leave, or at half of a limit below ten minutes."""
 # How often a job may be requeued is not submitit's to say: training ends by itself where it makes no progress.
@@ -38,8 +39,8 @@ _CPUS_PER_GPU = 8
 @click.command()
 @click.argument("config", nargs=-1, required=True, metavar="CONFIG... [KEY=VALUE]...")
 @click.option("--cluster", type=click.Choice(["slurm", "local", "kubernetes"]), required=True, help="Where to.")
-@click.option("--nodes", type=click.IntRange(1), help="Machines; by default 1.")
-@click.option("--gpus", type=click.IntRange(1), help="GPUs a machine; by default 8, or what the batch allows.")
+@click.option("--nodes", type=click.IntRange(1), help="Machines; by default those of CONFIG, or 1.")
+@click.option("--gpus", type=click.IntRange(1), help="GPUs a machine; by default those of CONFIG, or up to 8.")
 @click.option(
     "--time", "limit", default="24:00:00", metavar="[D-]H:M:S", help="Time limit, after which it is requeued."
 )
@@ -84,10 +85,10 @@ def load_for_job(cluster: str, arguments: Sequence[str], nodes: int | None, gpus
         settings = [f"hardware.{key}={value}" for key, value in given.items() if value is not None]
         config = load_arguments([*arguments, *settings])
     elif cluster == "kubernetes":
-        config = load_for_pods(arguments, nodes or 1, gpus)
+        config = load_for_pods(arguments, nodes, gpus)
     else:
         settings = ["hardware.accelerator=cpu", "hardware.precision=32-true"] if on_cpus else []
-        config = load_for_nodes([*arguments, *settings], nodes or 1, gpus)
+        config = load_for_nodes([*arguments, *settings], nodes, gpus)
     check_support(config, build_module(config))
     return config
 
@@ -140,9 +141,20 @@ def _make_local_executor(hardware, folder: Path, site: dict[str, str]):
 
     if hardware.nodes > 1:
         raise UserError(f"hardware.nodes={hardware.nodes}: --cluster local is this machine alone")
+    visible = _visible_gpus() if _gpus(hardware) else []
+    if visible and hardware.devices > len(visible):
+        raise UserError(f"hardware.devices={hardware.devices}: CUDA_VISIBLE_DEVICES names {len(visible)} GPUs")
     executor = submitit.LocalExecutor(folder, max_num_timeout=_REQUEUES)
-    executor.update_parameters(tasks_per_node=hardware.devices, gpus_per_node=_gpus(hardware))
+    executor.update_parameters(
+        tasks_per_node=hardware.devices, gpus_per_node=_gpus(hardware), visible_gpus=visible[: hardware.devices]
+    )
     return executor
+
+
+def _visible_gpus() -> list[int]:
+    """Those that CUDA_VISIBLE_DEVICES names by their numbers; submitit would take the first of all."""
+    names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return [int(name) for name in names if name.strip().isdigit()]
 
 
 def _make_slurm_executor(hardware, folder: Path, site: dict[str, str]):
@@ -192,6 +204,7 @@ def submit(executor, config, watch: bool) -> int:
     click.echo(f"log {job.paths.stdout}")
     click.echo(f"MLflow: {ui_command(config.tracking.uri)}")
     job.cancel_at_deletion(False)
+    _exit_code_file(job).unlink(missing_ok=True)  # of an earlier job of this number
     return _follow(job) if watch else 0
 
 
@@ -225,7 +238,7 @@ class TrainJob:
         _handle(signal.SIG_IGN)  # srun sends SIGTERM to all when the first has failed, and rank 0 is still to speak
         if job.global_rank == 0:
             if code in (0, USER_ERROR, NO_PROGRESS):
-                _exit_code_file(job).write_text(str(code))
+                write_whole(_exit_code_file(job), str(code))
             elif code == PREEMPTED and job.cluster == "local":
                 requeue(signal.SIGUSR1, None)
         sys.exit(code)
@@ -237,10 +250,10 @@ class TrainJob:
         return DelayedSubmission(self)
 
     def _train(self) -> int:
-        from jobs.config import load_config
-        from jobs.train import train
+        try:  # a signal may come while these are imported
+            from jobs.config import load_config
+            from jobs.train import train
 
-        try:
             train(load_config([self.config]))
         except UserError as error:
             click.echo(f"medsynth: {error}", err=True)
@@ -271,8 +284,10 @@ def _join_local_processes(job) -> None:
 
 
 def _slurm_state(job_id: str) -> str:
-    """JobState of `scontrol show job`; "" where Slurm has forgotten the job."""
+    """JobState of `scontrol show job`; "FORGOTTEN" some minutes after its end, "" where slurmctld does not answer."""
     result = subprocess.run(["scontrol", "show", "job", "--oneliner", job_id], capture_output=True, text=True)
+    if "Invalid job id" in result.stderr:
+        return "FORGOTTEN"
     match = re.search(r"\bJobState=(\S+)", result.stdout)
     return match[1] if match else ""
 
@@ -302,8 +317,7 @@ def _has_ended(job) -> bool:
 
     if isinstance(job, submitit.LocalJob):
         return job.done()
-    state = _slurm_state(job.job_id)
-    return not state or _ENDED.fullmatch(state) is not None
+    return _ENDED.fullmatch(_slurm_state(job.job_id)) is not None
 
 
 def _print_submission(executor, config) -> None:

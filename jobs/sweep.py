@@ -21,6 +21,8 @@ def main(sweep: Path, arguments: tuple[str, ...]) -> None:
 
     Each run is checked with ARGUMENTS, which hold for all of them, before the first line is printed.
     """
+    if given := [argument for argument in arguments if argument.startswith("run_dir=")]:
+        raise UserError(f"{given[0]}: each run of a sweep has its own, runs/{sweep.stem}/…; leave it out")
     config, runs = read_sweep(sweep)
     for settings in runs:
         load_arguments([config, *settings, *arguments])

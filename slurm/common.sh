@@ -108,6 +108,9 @@ launch() {
 begin() {
   [ -n "${SLURM_JOB_ID-}" ] || fail "start it with sbatch"
   signalled='' ended='' failures=runs/slurm/$SLURM_JOB_ID.failures
+  # The last task of an array has the array's id, by which scontrol would requeue all of it.
+  job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+  job=${job:-$SLURM_JOB_ID}
   trap on_usr1 USR1
   trap 'ended=1' TERM
   # The batch script runs on the first node, where rank 0 is.
@@ -161,6 +164,7 @@ train() {
   [ -z "$signalled" ] || finish 75
   "$@" &
   step=$!
+  [ -z "$signalled" ] || on_usr1 # it came while there was no step yet to hand it to
   # A trap cuts `wait` short; the step is over when its process is, and its exit code is kept.
   while kill -0 "$step" 2>/dev/null; do wait "$step"; done
   wait "$step"
@@ -177,14 +181,14 @@ on_usr1() {
 # Where a rank hangs, requeue while the time limit has not yet struck: a job that ended as TIMEOUT cannot be requeued.
 last_word() {
   local end
-  end=$(SLURM_TIME_FORMAT=%s squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e)
+  end=$(SLURM_TIME_FORMAT=%s squeue --noheader --jobs="$job" --format=%e)
   [[ $end =~ ^[0-9]+$ ]] || return # no limit
   while [ "$(date +%s)" -lt $((end - LAST_SECONDS)) ]; do
     sleep 2
     kill -0 $$ 2>/dev/null || return # the script has ended, and this with it
   done
   echo "slurm: a process has not ended in time; the job is requeued"
-  scontrol requeue "$SLURM_JOB_ID"
+  requeue
 }
 
 # finish CODE: end the job, or have it started again.
@@ -196,8 +200,19 @@ finish() {
   *) [ -n "$signalled" ] || attempts_left || exit "$1" ;;
   esac
   echo "slurm: the job is requeued"
-  scontrol requeue "$SLURM_JOB_ID"
+  requeue
   exit "$1" # what the job ends with where it was submitted with --no-requeue
+}
+
+# slurmctld may be away for a while; a job that was submitted with --no-requeue stays where it is.
+requeue() {
+  local said
+  for _ in {1..10}; do
+    said=$(scontrol requeue "$job" 2>&1) && return
+    echo "slurm: $said"
+    [[ $said != *disabled* ]] || return 0
+    sleep 6
+  done
 }
 
 # Whether there is another attempt after one more crash.

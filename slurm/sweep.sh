@@ -21,7 +21,9 @@ done
 
 table=runs/slurm/$(basename "$sweep" .yaml)-$(date +%Y%m%d-%H%M%S)-$$.tsv
 if [ -n "${CONTAINER_IMAGE-}" ]; then
-  (in_step --nodes=1 --ntasks=1 -- -m jobs.sweep "$sweep" "${arguments[@]}") >"$table"
+  # srun does not read sbatch's variables.
+  where=(${SBATCH_PARTITION:+"--partition=$SBATCH_PARTITION"} ${SBATCH_ACCOUNT:+"--account=$SBATCH_ACCOUNT"})
+  (in_step "${where[@]}" --nodes=1 --ntasks=1 -- -m jobs.sweep "$sweep" "${arguments[@]}") >"$table"
 else
   "$VENV/bin/python" -m jobs.sweep "$sweep" "${arguments[@]}" >"$table"
 fi

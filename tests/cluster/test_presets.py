@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from jobs.config import load_config
-from jobs.submit import SIGNAL_SECONDS, load_for_job, parse_minutes
+from jobs.submit import SIGNAL_SECONDS, load_for_job, make_executor, parse_minutes
+from jobs.sweep import main as print_runs
 from jobs.sweep import read_sweep
 from medsynth.errors import UserError
 from tests.conftest import REPOSITORY
@@ -80,6 +82,45 @@ def test_a_submitted_run_that_hangs_is_ended_before_the_limit_it_is_warned_of():
     for cluster in ("slurm", "local"):
         config = load_for_job(cluster, [str(CONFIGS / "msdm.yaml")], nodes=1, gpus=None)
         assert config.preemption.grace_seconds < SIGNAL_SECONDS
+
+
+@pytest.mark.parametrize(
+    ("given", "nodes", "gpus", "expected"),
+    [
+        ([], None, None, (1, 8)),
+        (["configs/hardware/a100x16-fsdp.yaml"], None, None, (2, 8)),
+        (["hardware.devices=4"], None, None, (1, 4)),
+        (["configs/hardware/a100x16-fsdp.yaml"], 1, 2, (1, 2)),
+        (["train.global_batch_size=48"], None, None, (1, 2)),  # 6 batches of 8
+    ],
+)
+def test_a_submitted_run_is_as_large_as_its_config_and_options_say(given, nodes, gpus, expected):
+    arguments = ["configs/msdm.yaml", "train.global_batch_size=128", "train.device_batch_size=8", *given]
+    arguments = [argument if "=" in argument else str(REPOSITORY / argument) for argument in arguments]
+    for cluster in ("slurm", "kubernetes"):
+        hardware = load_for_job(cluster, arguments, nodes, gpus).hardware
+        assert (hardware.nodes, hardware.devices) == expected
+
+
+def test_a_local_run_keeps_to_the_gpus_it_is_shown(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    settings = [
+        str(CONFIGS / "msdm.yaml"),
+        str(CONFIGS / "hardware/gpu.yaml"),
+        f"run_dir={tmp_path}",
+        "hardware.strategy=ddp",
+    ]
+    executor = make_executor("local", load_for_job("local", settings, None, 2), 60, {})
+    assert executor.parameters["visible_gpus"] == [4, 5]
+    with pytest.raises(UserError, match="hardware.devices=4: CUDA_VISIBLE_DEVICES names 2 GPUs"):
+        make_executor("local", load_for_job("local", settings, None, 4), 60, {})
+
+
+def test_the_runs_of_a_sweep_do_not_share_a_folder():
+    sweep = str(CONFIGS / "sweeps/stable_diffusion_lora_rank.yaml")
+    result = CliRunner().invoke(print_runs, [sweep, "run_dir=runs/mine"])
+    assert isinstance(result.exception, UserError)
+    assert "run_dir=runs/mine: each run of a sweep has its own" in str(result.exception)
 
 
 def test_shellcheck_has_nothing_to_say():

@@ -1,8 +1,17 @@
 """Training by the batch scripts on a real Slurm of two nodes: the weights of a run left alone, whatever happens."""
 
+from pathlib import Path
+
+import pytest
+import torch
+
+from callbacks.checkpoint import DurableCheckpointIO
+from callbacks.ema import EMA
 from tests.cluster.cluster import (
     ALLOCATION,
+    RUN,
     SETTINGS,
+    STEPS,
     BatchTraining,
     assert_same_run,
     log,
@@ -35,17 +44,38 @@ def test_a_run_through_everything_that_slurm_does(slurm, folders, undisturbed):
 
 
 def test_of_an_array_only_the_run_that_is_disturbed_starts_again(slurm, folders, undisturbed):
+    """The last task, which has the id of the whole array."""
     folder = folders("array")
-    (folder / "configs/sweeps/seeds.yaml").write_text("config: configs/msdm.yaml\ngrid: {seed: [0, 1]}\n")
+    (folder / "configs/sweeps/seeds.yaml").write_text("config: configs/msdm.yaml\ngrid: {seed: [1, 0]}\n")
     sweep = ["slurm/sweep.sh", "configs/sweeps/seeds.yaml", "--parsable", *ALLOCATION, *SETTINGS]
     array = slurm.call(*sweep, cwd=folder)
     for disturb in (("scancel", "--batch", "--signal=USR1"), ("scontrol", "requeue")):
         before = step(folder, "runs/seeds/seed-0")
         wait_for(lambda n=before: step(folder, "runs/seeds/seed-0") > n, f"a step, {log(folder, array)}", 180)
-        slurm.call(*disturb, f"{array}_1")
-        wait_for(lambda: slurm.job(f"{array}_1")["JobState"] != "RUNNING", "the end of this start")
-    first, second = (slurm.end(f"{array}_{task}", seconds=300) for task in (1, 2))
-    assert (first["JobState"], first["Restarts"]) == ("COMPLETED", "2"), log(folder, first["JobId"])
-    assert (second["JobState"], second["Restarts"]) == ("COMPLETED", "0"), log(folder, second["JobId"])
+        slurm.call(*disturb, f"{array}_2")
+        wait_for(lambda: slurm.job(f"{array}_2")["JobState"] != "RUNNING", "the end of this start")
+    other, disturbed = (slurm.end(f"{array}_{task}", seconds=300) for task in (1, 2))
+    assert disturbed["JobId"] == array
+    assert (other["JobState"], other["Restarts"]) == ("COMPLETED", "0"), log(folder, other["JobId"])
+    assert (disturbed["JobState"], disturbed["Restarts"]) == ("COMPLETED", "2"), log(folder, array)
     assert_same_run(folder, undisturbed, "runs/seeds/seed-0", runs=2)
     assert step(folder, "runs/seeds/seed-1") == step(folder, "runs/seeds/seed-0")
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "deepspeed3"])
+def test_a_run_in_parts_through_a_preemption_and_the_loss_of_a_node(strategy, slurm, folders):
+    folder, alone = folders(strategy), folders(f"{strategy}-undisturbed")
+    undisturbed = submit(slurm, alone, f"hardware.strategy={strategy}")
+    training = BatchTraining(slurm, folder, submit(slurm, folder, f"hardware.strategy={strategy}"))
+    training.survive([training.warn, training.lose_a_node])
+    for job in (training.job, undisturbed):
+        assert slurm.end(job, seconds=600)["JobState"] == "COMPLETED", training.log()
+    assert step(folder) == step(alone) == STEPS
+    parts, whole = (held(path / RUN / "checkpoints/last.ckpt") for path in (folder, alone))
+    torch.testing.assert_close(parts, whole, rtol=0, atol=0)
+
+
+def held(checkpoint: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """Weights and averages of a checkpoint in parts."""
+    whole = DurableCheckpointIO().load_checkpoint(checkpoint)
+    return {"weights": whole["state_dict"], "averages": whole["callbacks"][EMA.state_key]["shadow"]}
