@@ -401,7 +401,9 @@ class ImageDataModule(L.LightningDataModule, ABC):
         return {"position": position, "accumulate": self.accumulate}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self._position, self._loader = state["position"], None
+        self._position = state["position"]
+        if self._loader:  # a strategy that loads after its set-up may have had it made already
+            self._loader.load_state_dict(state)
 
     def rescale_progress(self, checkpoint: dict[str, Any]) -> None:
         """Restate a checkpoint's counts of micro-batches in those of this run, before Lightning restores them.
