@@ -1,9 +1,10 @@
 """What averaging the weights costs: time of an update as a share of an optimizer step.
 
-    python -m benchmarks.ema configs/msdm.yaml [KEY=VALUE]... [--device cuda] [--batch 16]
+    python -m benchmarks.ema configs/msdm.yaml [KEY=VALUE]... [--device cuda] [--batch 16] [--processes 8]
 
 The networks have random weights, their shapes come from the config. A step is forward, backward and optimizer of the
-U-Net alone, at the config's resolution and precision: encoders, data and communication would make the share smaller.
+U-Net alone, at the config's resolution and precision: encoders, data and communication would make the share smaller. Of
+several processes that hold the weights in parts, each averages its own.
 """
 
 import argparse
@@ -25,19 +26,22 @@ def main() -> None:
     parser.add_argument("config", nargs="+")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch", type=int, default=1, help="pictures a step and device")
+    parser.add_argument("--processes", type=int, default=1, help="that share the weights (fsdp, deepspeed)")
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     step, parameters = denoising_step(arguments.config, device, arguments.batch)
-    shadow = [parameter.detach().clone() for parameter in parameters]
+    held = [parameter.detach().flatten().tensor_split(arguments.processes)[0] for parameter in parameters]
+    shadow = [part.clone() for part in held]
     average = get_ema_multi_avg_fn(0.9999)
     step_seconds = seconds(step, device, arguments.repeats)
     with torch.no_grad():
-        ema_seconds = seconds(lambda: average(shadow, parameters, None), device, arguments.repeats)
+        ema_seconds = seconds(lambda: average(shadow, held, None), device, arguments.repeats)
     facts = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "batch": arguments.batch,
+        "processes": arguments.processes,
         "parameters": sum(parameter.numel() for parameter in parameters),
         "step_seconds": step_seconds,
         "ema_seconds": ema_seconds,
