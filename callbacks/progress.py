@@ -4,7 +4,6 @@ import time
 from datetime import timedelta
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -58,7 +57,7 @@ class RunProgress(ProgressBar):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._first, self._total = _steps_done(trainer), int(trainer.estimated_stepping_batches)
         self._started = self._last_line = time.perf_counter()
-        self._loss = torch.tensor(float("nan"))
+        self._loss = float("nan")
         if not self._enabled or not self._console.is_terminal:
             self._bar = None
             return

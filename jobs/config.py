@@ -141,10 +141,10 @@ def load_for_nodes(arguments: Sequence[str], nodes: int | None = None, processes
         UserError: as `load_config`, and where the batch cannot be divided so.
     """
     over = [str(GPU_NODE), *arguments]
-    alone = load_arguments([*over, "hardware.nodes=1", "hardware.devices=1"])
     nodes = nodes or _given(arguments, "hardware.nodes") or 1
     processes = processes or _given(arguments, "hardware.devices")
     if processes is None:
+        alone = load_arguments([*over, "hardware.nodes=1", "hardware.devices=1"])
         batches = alone.train.global_batch_size // alone.train.device_batch_size
         processes = next((most for most in (8, 4, 2) if batches % (most * nodes) == 0), 1)
     return load_arguments([*over, f"hardware.nodes={nodes}", f"hardware.devices={processes}"])
