@@ -175,7 +175,9 @@ on_usr1() {
   signalled=1
   [ -n "${step-}" ] || return 0
   kill -USR1 "$step" 2>/dev/null
+  [ -z "${watch-}" ] || return 0
   last_word &
+  watch=$!
 }
 
 # Where a rank hangs, requeue while the time limit has not yet struck: a job that ended as TIMEOUT cannot be requeued.
@@ -185,7 +187,7 @@ last_word() {
   [[ $end =~ ^[0-9]+$ ]] || return # no limit
   while [ "$(date +%s)" -lt $((end - LAST_SECONDS)) ]; do
     sleep 2
-    kill -0 $$ 2>/dev/null || return # the script has ended, and this with it
+    kill -0 $$ 2>/dev/null || return # the script has been killed
   done
   echo "slurm: a process has not ended in time; the job is requeued"
   requeue
@@ -193,6 +195,8 @@ last_word() {
 
 # finish CODE: end the job, or have it started again.
 finish() {
+  # Where it outlives this start, it could requeue the next one.
+  if [ -n "${watch-}" ]; then kill "$watch" 2>/dev/null; fi
   if [ -n "$ended" ]; then exit "$1"; fi
   case $1 in
   0 | 2 | 76) exit "$1" ;;
@@ -208,6 +212,7 @@ finish() {
 requeue() {
   local said
   for _ in {1..10}; do
+    [ -z "$ended" ] || return 0 # Slurm has begun to end this start
     said=$(scontrol requeue "$job" 2>&1) && return
     echo "slurm: $said"
     [[ $said != *disabled* ]] || return 0
