@@ -170,6 +170,14 @@ class Training:
         self.warn()
         self.warn()
 
+    def warn_before_a_step(self) -> None:
+        """Held until both ranks have it: srun loses what comes while it still starts them."""
+        self.wait_for_ranks()
+        self.send(signal.SIGSTOP)
+
+        wait_for(lambda: self.hold_a_warning() or self.warn(), f"a warning, {self.log()}", pause=1)
+        self.send(signal.SIGCONT)
+
     def warn_during_a_save(self) -> None:
         checkpoints = self.folder / RUN / "checkpoints"
         wait_for(lambda: list(checkpoints.glob(".last.ckpt.tmp-*")), "a save", pause=0.001)
@@ -230,8 +238,9 @@ class Training:
         for process in Path("/proc").glob("[0-9]*"):
             with suppress(OSError, UnicodeDecodeError):
                 variables = dict(item.partition("=")[::2] for item in (process / "environ").read_text().split("\0"))
-                python = self.module in (process / "cmdline").read_text().split("\0") and "SLURM_PROCID" in variables
-                if python and (process / "cwd").resolve() == self.folder:
+                words = (process / "cmdline").read_text().split("\0")
+                rank = words[0].endswith("python") and self.module in words and "SLURM_PROCID" in variables
+                if rank and (process / "cwd").resolve() == self.folder:
                     found[int(variables["SLURM_PROCID"])] = int(process.name)
         return found
 

@@ -47,7 +47,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 MpiDefault=none
 SlurmdParameters=config_overrides
-SlurmdTimeout=20
+SlurmdTimeout=300
 SchedulerParameters=sched_interval=2,sched_min_interval=0,bf_interval=2
 InactiveLimit=0
 KillWait=20

@@ -34,9 +34,7 @@ def test_a_run_through_everything_that_slurm_does(slurm, folders, undisturbed):
         training.stop_a_rank,
     ]
     training.survive(disturbances)
-    # Before the first step; srun loses what comes while it is still starting the processes.
-    training.wait_for_ranks()
-    training.warn()
+    training.warn_before_a_step()
     fields = slurm.end(training.job, seconds=300)
     assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", str(len(disturbances) + 1)), training.log()
     assert_same_run(folder, undisturbed)
