@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loops import _FitLoop
 from lightning.pytorch.trainer.states import TrainerFn
 
-from callbacks.checkpoint import log_step, save
+from callbacks.checkpoint import log_step, read_manifest, save
 from medsynth.errors import UserError
 from medsynth.exit_codes import NO_PROGRESS, PREEMPTED
 from medsynth.files import write_whole
@@ -33,6 +33,12 @@ class Preempted(SystemExit):
 
     def __init__(self):
         super().__init__(PREEMPTED)
+
+
+class DifferentCheckpoints(UserError):  # noqa: N818
+    """The processes came back from different checkpoints; another start may find one."""
+
+    exit_code = 1
 
 
 class NoProgress(UserError):  # noqa: N818
@@ -133,7 +139,9 @@ class Preemption(Checkpoint):
     Every checkpoint, whoever saves it, owes the validation that is due at its step until that is done: a run resumed
     from it begins with that validation.
 
-    At the start a run that came back `restarts` times to the same step is refused.
+    At the start processes that came back from different steps are refused, as where `run_dir` is not one folder for all
+    machines, or a file system still shows one of them the checkpoint before; and so is a run that came back `restarts`
+    times to the same step.
     """
 
     def __init__(
@@ -155,6 +163,7 @@ class Preemption(Checkpoint):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.world_size > 1:  # on the CPU: an agreement must not wait for a GPU's queue
             self._group = torch.distributed.new_group(backend="gloo")
+            self._require_one_checkpoint(trainer.ckpt_path)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._take_over(trainer)
@@ -231,6 +240,19 @@ class Preemption(Checkpoint):
             and loop.total_batch_idx != self._validated
             and loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
         )
+
+    def _require_one_checkpoint(self, path: Path | None) -> None:
+        """Before any process begins to load a part of one of them, and waits for the others."""
+        own = torch.tensor([read_manifest(path)["global_step"] if path else 0])
+        steps = [torch.zeros_like(own) for _ in range(self._group.size())]
+        torch.distributed.all_gather(steps, own, group=self._group)
+        first = int(steps[0])
+        for rank, step in enumerate(map(int, steps)):
+            if step != first:
+                raise DifferentCheckpoints(
+                    f"rank 0 goes on from step {first}, rank {rank} from step {step}: run_dir must be one folder for "
+                    "all machines. If it is, start again: a shared file system may show a change late"
+                )
 
     def _take_over(self, trainer: L.Trainer) -> None:
         """Lightning has set its own handler of SIGTERM, which leaves without saving; and before each batch it asks all

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,14 +23,22 @@ import callbacks.checkpoint
 from callbacks.checkpoint import LastCheckpoint, read_manifest
 from callbacks.ema import EMA
 from callbacks.evaluation import Evaluation
-from callbacks.preemption import ATTEMPTS_FILE, NoProgress, Preempted, Preemption, PreemptionConfig, StopRequest
+from callbacks.preemption import (
+    ATTEMPTS_FILE,
+    DifferentCheckpoints,
+    NoProgress,
+    Preempted,
+    Preemption,
+    PreemptionConfig,
+    StopRequest,
+)
 from jobs.config import load_config
 from jobs.tracking import mlflow_client, read_run_id
 from jobs.train import train
 from lightning_modules.base import GenerativeModule
 from medsynth.errors import UserError
 from tests.conftest import REPOSITORY
-from tests.processes import FORK
+from tests.processes import FORK, together
 
 TINY = REPOSITORY / "configs/tiny/msdm.yaml"
 SETTINGS = [
@@ -370,6 +379,18 @@ def test_processes_leave_together_and_never_hang(undisturbed, phantom, here):
     finally:
         os.killpg(process.pid, signal.SIGKILL)
     assert read_manifest("run/checkpoints/last.ckpt")["global_step"] > step
+
+
+def come_back(rank: int, phantom: Path) -> None:
+    two = ["hardware.devices=2", "hardware.strategy=ddp", "train.device_batch_size=1", "train.max_steps=8"]
+    with pytest.raises(DifferentCheckpoints, match="rank 0 goes on from step 6, rank 1 from step 0: run_dir must be"):
+        train(configured(phantom, f"run{rank}", *two))
+
+
+def test_processes_that_came_back_from_different_checkpoints_are_refused(undisturbed, phantom, here):
+    """One machine has a folder of its own: here the second, where there is no checkpoint."""
+    shutil.copytree(undisturbed, "run0")
+    together(2, come_back, phantom, log=Path("log").absolute())
 
 
 def test_a_run_that_has_saved_says_so_when_its_time_is_up(undisturbed, phantom, here):
