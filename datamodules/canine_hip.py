@@ -11,10 +11,10 @@ from typing import Optional
 from torch import Tensor
 
 from datamodules.captioned import CaptionedConfig, CaptionedDataModule, Contents, Pair, Pictures, Progress
-from datamodules.images import check_header, decode_rgb
-from datamodules.layouts import LAYOUTS, SPLITS, read_catalogue
-from datamodules.shards import Shards
-from datamodules.tables import Table, drop_bad_rows
+from datamodules.files.images import check_header, decode_rgb
+from datamodules.files.layouts import LAYOUTS, SPLITS, read_catalogue
+from datamodules.files.shards import Shards
+from datamodules.files.tables import Table, drop_bad_rows
 from medsynth.errors import UserError
 
 _HEADER = 1 << 16  # bytes in which nearly every picture's header ends

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from datamodules.base import Conditions, DataConfig, ImageBatch, ImageDataModule, Sample, SampleStream, derive_seed
-from datamodules.images import MOST_PIXELS, Geometry, check_header, jitter, random_flips, read_rgb
-from datamodules.tables import Table
+from datamodules.files.images import MOST_PIXELS, Geometry, check_header, jitter, random_flips, read_rgb
+from datamodules.files.tables import Table
 from medsynth.errors import UserError
 from medsynth.files import write_whole
 

@@ -29,10 +29,10 @@ from datamodules.captioned import (
     Progress,
     picture_names,
 )
-from datamodules.control import canny, channels
-from datamodules.dicom import DICOM_SUFFIXES, header_size, is_deep, read_deep, read_dicom, read_values
-from datamodules.images import Geometry, PictureFolder
-from datamodules.tables import Table, drop_bad_rows, read_table
+from datamodules.files.control import canny, channels
+from datamodules.files.dicom import DICOM_SUFFIXES, header_size, is_deep, read_deep, read_dicom, read_values
+from datamodules.files.images import Geometry, PictureFolder
+from datamodules.files.tables import Table, drop_bad_rows, read_table
 from medsynth.errors import UserError
 
 _DEEP_SUFFIXES = frozenset({".png", ".tif", ".tiff"})
@@ -226,7 +226,7 @@ class ChestXRay(CaptionedDataModule):
         Raises:
             UserError: no such model; the folder holds depth maps of another model; a picture cannot be read.
         """
-        from datamodules.depth import write_depth_maps
+        from datamodules.files.depth import write_depth_maps
 
         pictures = XRayPictures(self._root, replace(self.config, controls=[]))
         names = list(self._folder())

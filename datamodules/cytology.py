@@ -31,9 +31,9 @@ from datamodules.captioned import (
     TrainingSet,
     picture_names,
 )
-from datamodules.images import Geometry
-from datamodules.layouts import SPLITS, Entry, read_catalogue
-from datamodules.tables import Table, drop_bad_rows
+from datamodules.files.images import Geometry
+from datamodules.files.layouts import SPLITS, Entry, read_catalogue
+from datamodules.files.tables import Table, drop_bad_rows
 from medsynth.errors import UserError
 
 _NAME, _FILEWORDS = "[name]", "[filewords]"

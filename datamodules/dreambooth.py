@@ -25,9 +25,9 @@ from datamodules.captioned import (
     Progress,
     TrainingSet,
 )
-from datamodules.images import PictureFolder
-from datamodules.layouts import Catalogue, Entry, read_catalogue
-from datamodules.tables import Table, drop_bad_rows
+from datamodules.files.images import PictureFolder
+from datamodules.files.layouts import Catalogue, Entry, read_catalogue
+from datamodules.files.tables import Table, drop_bad_rows
 from medsynth.errors import UserError
 
 _PRIOR = "class pictures:"  # in a picture's name: it lies in the class folder, not in root

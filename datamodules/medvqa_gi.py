@@ -20,8 +20,8 @@ from datamodules.captioned import (
     ValidationSet,
     picture_names,
 )
-from datamodules.images import PictureFolder
-from datamodules.tables import Table, drop_bad_rows, read_table
+from datamodules.files.images import PictureFolder
+from datamodules.files.tables import Table, drop_bad_rows, read_table
 from medsynth.errors import UserError
 
 

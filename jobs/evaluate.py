@@ -69,7 +69,7 @@ class _Folder:
     """Index -> uint8 (3, H, W) of a folder's pictures, in the order of their names."""
 
     def __init__(self, folder: Path, resolution: int | None):
-        from datamodules.images import SUFFIXES
+        from datamodules.files.images import SUFFIXES
 
         if not folder.is_dir():
             raise UserError(f"there is no folder {folder}")
@@ -82,7 +82,7 @@ class _Folder:
         return len(self.paths)
 
     def __getitem__(self, index: int):
-        from datamodules.images import MOST_PIXELS, crop_square, read_rgb
+        from datamodules.files.images import MOST_PIXELS, crop_square, read_rgb
 
         try:
             picture = read_rgb(self.paths[index], MOST_PIXELS)

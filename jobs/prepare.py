@@ -33,7 +33,7 @@ _LAYOUT = click.Choice(["metadata", "folders", "pairs", "webdataset"])
 @_SIZE
 def colonoscopy(out: Path, images: int, seed: int, size: int) -> None:
     """Draw colonoscopy phantoms with prompts: mucosa, lumen, folds, polyps, instrument, text, box."""
-    from datamodules.phantoms import write_colonoscopy
+    from datamodules.phantoms.colonoscopy import write_colonoscopy
 
     _draw(out, images, lambda progress: write_colonoscopy(out, images, seed, size, progress))
 
@@ -48,7 +48,7 @@ def colonoscopy(out: Path, images: int, seed: int, size: int) -> None:
 )
 def hip(out: Path, images: int, seed: int, size: int, layout: str) -> None:
     """Draw canine pelves, ventrodorsal view, with exact femoral heads, acetabular rims and Norberg angles."""
-    from datamodules.phantom_hip import write_hips
+    from datamodules.phantoms.hip import write_hips
 
     _draw(out, images, lambda progress: write_hips(out, images, seed, size, layout, progress))
 
@@ -61,7 +61,7 @@ def hip(out: Path, images: int, seed: int, size: int, layout: str) -> None:
 @click.option("--dicom", is_flag=True, help="Write a third of the pictures as 16-bit PNG and a third as DICOM.")
 def chest(out: Path, images: int, seed: int, size: int, dicom: bool) -> None:
     """Draw chest X-rays with lung nodules, their exact masks, and captions."""
-    from datamodules.phantom_chest import write_chest
+    from datamodules.phantoms.chest import write_chest
 
     _draw(out, images, lambda progress: write_chest(out, images, seed, size, progress, dicom))
 
@@ -94,7 +94,7 @@ def convert(source: Path, layout: str, out: Path, shard_size: int, source_layout
     """
     from rich.progress import Progress
 
-    from datamodules.layouts import convert
+    from datamodules.files.layouts import convert
 
     with Progress(transient=True) as progress:
         task = progress.add_task("converting", total=None)

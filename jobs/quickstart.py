@@ -13,7 +13,7 @@ _CONFIGS = Path(__file__).parent.parent / "configs" / "quickstart"
 )
 def main(out: Path) -> None:
     """Draw phantom data, train both stages of MSDM, score it before and after, and say where the pictures are."""
-    from datamodules.phantoms import write_colonoscopy
+    from datamodules.phantoms.colonoscopy import write_colonoscopy
     from jobs.config import load_config
     from jobs.encode import encode
     from jobs.train import train

@@ -65,7 +65,7 @@ class _Asked(NamedTuple):
 
 
 def _read_prompts(path: Path) -> list[str]:
-    from datamodules.tables import drop_bad_rows, read_table
+    from datamodules.files.tables import drop_bad_rows, read_table
 
     table = read_table(path, ("Prompt",), "--prompts")
     drop_bad_rows([table], "fail")

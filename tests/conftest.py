@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from datamodules.phantom_chest import write_chest
-from datamodules.phantom_hip import write_hips
-from datamodules.phantoms import write_colonoscopy
+from datamodules.phantoms.chest import write_chest
+from datamodules.phantoms.hip import write_hips
+from datamodules.phantoms.colonoscopy import write_colonoscopy
 from tests.class_folders import write_classes
 
 REPOSITORY = Path(__file__).parent.parent

@@ -9,8 +9,8 @@ import torch
 from omegaconf import OmegaConf
 
 from datamodules.canine_hip import CanineHip, CanineHipConfig
-from datamodules.layouts import LAYOUTS, convert
-from datamodules.phantom_hip import write_hips
+from datamodules.files.layouts import LAYOUTS, convert
+from datamodules.phantoms.hip import write_hips
 from jobs.registry import data_class
 from medsynth.errors import UserError
 

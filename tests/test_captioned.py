@@ -12,7 +12,7 @@ from torchvision.transforms.v2 import InterpolationMode
 
 from datamodules.base import Sample, collate
 from datamodules.captioned import CaptionedConfig, CaptionedDataModule, Contents, Pair, Pictures
-from datamodules.images import Geometry, random_flips
+from datamodules.files.images import Geometry, random_flips
 from medsynth.errors import UserError
 
 

@@ -10,10 +10,10 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
 from datamodules.chest_xray import ChestXRay, ChestXRayConfig
-from datamodules.control import canny
-from datamodules.depth import depth_estimator
-from datamodules.dicom import stretch
-from datamodules.phantom_chest import write_dicom
+from datamodules.files.control import canny
+from datamodules.files.depth import depth_estimator
+from datamodules.files.dicom import stretch
+from datamodules.phantoms.chest import write_dicom
 from medsynth.errors import UserError
 
 DATA = Path(__file__).parents[2] / "shared" / "data"

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-import datamodules.control
+import datamodules.files.control
 from datamodules.base import CONTROL_CHANNELS
-from datamodules.control import canny, channels
+from datamodules.files.control import canny, channels
 from medsynth.errors import UserError
 
 
@@ -71,4 +71,4 @@ def test_blur_takes_small_things_away():
 
 
 def test_the_layout_of_the_channels_needs_no_other_library():
-    assert not {"cv2", "PIL", "torchvision"} & set(vars(datamodules.control))
+    assert not {"cv2", "PIL", "torchvision"} & set(vars(datamodules.files.control))

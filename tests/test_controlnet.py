@@ -21,7 +21,7 @@ from transformers import (
 
 from callbacks.samples import draw_grid
 from datamodules.base import Conditions, ImageBatch, derive_seed
-from datamodules.phantom_chest import write_chest
+from datamodules.phantoms.chest import write_chest
 from jobs.config import load_config
 from jobs.train import train
 from lightning_modules.base import to_image_range

@@ -12,7 +12,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from datamodules.base import StreamBatchSampler, StreamLoader
 from datamodules.captioned import TrainingSet
 from datamodules.cytology import AffineGeometry, Cytology, CytologyConfig
-from datamodules.images import Geometry
+from datamodules.files.images import Geometry
 from medsynth.errors import UserError
 
 BLOOD_CELLS = Path(__file__).parents[2] / "shared" / "data" / "blood-cells"

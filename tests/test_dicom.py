@@ -11,7 +11,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.pixels import apply_modality_lut, apply_voi_lut
 from pydicom.uid import ExplicitVRLittleEndian, RLELossless, SecondaryCaptureImageStorage, generate_uid
 
-from datamodules.dicom import apply_window, header_size, is_deep, read_deep, read_dicom, read_values, stretch
+from datamodules.files.dicom import apply_window, header_size, is_deep, read_deep, read_dicom, read_values, stretch
 from medsynth.errors import UserError
 
 RAMP = np.arange(0, 4096, 16, dtype=np.uint16).reshape(8, 32)

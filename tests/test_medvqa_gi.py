@@ -13,9 +13,9 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
 from datamodules.base import StreamBatchSampler, StreamLoader
-from datamodules.images import crop_square, jitter, pad_square, read_rgb
+from datamodules.files.images import crop_square, jitter, pad_square, read_rgb
 from datamodules.medvqa_gi import MedVQAGI, MedVQAGIConfig
-from datamodules.tables import read_table
+from datamodules.files.tables import read_table
 from medsynth.errors import UserError
 
 COLONOSCOPY = Path(__file__).parents[2] / "shared" / "data" / "colonoscopy"

@@ -15,8 +15,8 @@ from callbacks.evaluation import Evaluation, EvaluationConfig
 from datamodules.base import derive_seed
 from datamodules.chest_xray import ChestXRay, ChestXRayConfig
 from datamodules.medvqa_gi import MedVQAGI, MedVQAGIConfig
-from datamodules.phantom_chest import write_chest
-from datamodules.phantoms import write_colonoscopy
+from datamodules.phantoms.chest import write_chest
+from datamodules.phantoms.colonoscopy import write_colonoscopy
 from medsynth.errors import UserError
 from metrics.images import quantise
 from metrics.paired import PairedSimilarity

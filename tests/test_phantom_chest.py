@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from datamodules.chest_xray import ChestXRay, ChestXRayConfig
-from datamodules.dicom import read_dicom
-from datamodules.phantom_chest import RADII, ChestScene, Nodule, draw_scene, render, write_chest
+from datamodules.files.dicom import read_dicom
+from datamodules.phantoms.chest import RADII, ChestScene, Nodule, draw_scene, render, write_chest
 from medsynth.errors import UserError
 
 

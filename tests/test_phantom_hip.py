@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datamodules.layouts import LAYOUTS, read_catalogue
-from datamodules.phantom_hip import GRADES, HipScene, draw_scene, norberg_angle, render, write_hips
+from datamodules.files.layouts import LAYOUTS, read_catalogue
+from datamodules.phantoms.hip import GRADES, HipScene, draw_scene, norberg_angle, render, write_hips
 from medsynth.errors import UserError
 
 

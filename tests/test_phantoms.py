@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datamodules.phantoms import (
+from datamodules.phantoms.colonoscopy import (
     COLOURS,
     ColonoscopyScene,
     Instrument,

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
-from datamodules.drawing import Array, check_numbers, polar, ramp, round_outline, waves, write_once
+from datamodules.phantoms.drawing import Array, check_numbers, polar, ramp, round_outline, waves, write_once
 
 Points = NDArray[np.float64]
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags
 from torch import Tensor
 
-from datamodules.images import MOST_PIXELS, _opened
+from datamodules.files.images import MOST_PIXELS, _opened
 from medsynth.errors import UserError
 
 DICOM_SUFFIXES = frozenset({".dcm", ".dicom"})
