@@ -10,10 +10,10 @@ from torch import Tensor
 
 from datamodules.base import Conditions, ImageBatch
 from jobs.registry import method_class
-from lightning_modules.adapters import AdapterConfig
 from lightning_modules.base import GenerativeModule
-from lightning_modules.sd import ArchitectureConfig, StableDiffusionBase
-from lightning_modules.weights import RANDOM
+from lightning_modules.families.stable_diffusion import ArchitectureConfig, StableDiffusionBase
+from lightning_modules.parts.adapters import AdapterConfig
+from lightning_modules.parts.weights import RANDOM
 from medsynth.errors import UserError
 
 SHAPES = {

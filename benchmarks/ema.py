@@ -17,7 +17,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from jobs.config import load_arguments
 from jobs.runs import build_module
-from lightning_modules.optim import OPTIMIZERS
+from lightning_modules.parts.optim import OPTIMIZERS
 
 
 def main() -> None:

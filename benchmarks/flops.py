@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.cell import Batches, Cell
-from lightning_modules.sd import StableDiffusionBase
+from lightning_modules.families.stable_diffusion import StableDiffusionBase
 
 PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12}
 """Dense bf16 FLOP/s of GPUs by a part of their name, from their makers' data sheets; the first that fits counts."""

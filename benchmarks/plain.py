@@ -16,8 +16,8 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from benchmarks.cell import Batches, Cell
-from lightning_modules.optim import OPTIMIZERS
-from lightning_modules.sd import StableDiffusionBase
+from lightning_modules.families.stable_diffusion import StableDiffusionBase
+from lightning_modules.parts.optim import OPTIMIZERS
 
 CLIP_NORM = 1.0
 """Longest gradient, of both loops."""

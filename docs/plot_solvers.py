@@ -11,8 +11,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from lightning_modules.diffusion import alphas_cumprod, scaled_linear_betas
-from lightning_modules.solvers import Step, ddim_step, leapfrog_step, midpoint_step
+from lightning_modules.maths.diffusion import alphas_cumprod, scaled_linear_betas
+from lightning_modules.maths.solvers import Step, ddim_step, leapfrog_step, midpoint_step
 
 STEPS = [8, 16, 32, 64, 128, 256, 512, 1024]
 _WEIGHTS, _MEANS, _DEVIATIONS = torch.tensor([[0.3, 0.7], [-1.0, 0.6], [0.2, 0.4]], dtype=torch.float64)

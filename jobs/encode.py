@@ -73,7 +73,7 @@ def encode(config, out: Path, variants: int = 1, batch_size: int = 64, shard_row
 def _build(config):
     """The module with its encoders."""
     from jobs.runs import build_module
-    from lightning_modules.latent_diffusion import LatentDiffusion
+    from lightning_modules.families.latent_diffusion import LatentDiffusion
 
     module = build_module(config)
     if not isinstance(module, LatentDiffusion):

@@ -113,7 +113,7 @@ def depth(config: tuple[str, ...]) -> None:
 
     from jobs.config import instantiate, load_arguments
     from jobs.registry import data_class
-    from lightning_modules.weights import Weights
+    from lightning_modules.parts.weights import Weights
     from medsynth.errors import UserError
 
     settings = instantiate(load_arguments(config), "data")
@@ -136,7 +136,7 @@ def weights(config: tuple[str, ...]) -> None:
     """
     from jobs.config import load_arguments
     from jobs.runs import build_module
-    from lightning_modules.weights import Weights
+    from lightning_modules.parts.weights import Weights
     from metrics.extractors import INCEPTION_URL
 
     resolved = load_arguments(config)

@@ -21,7 +21,7 @@ from datamodules.cached import Cache, CachedLatents
 from jobs.config import accumulation, instantiate, load_config, to_yaml
 from jobs.registry import data_class, method_class
 from lightning_modules.base import GenerativeModule
-from lightning_modules.latent_diffusion import LatentDiffusion
+from lightning_modules.families.latent_diffusion import LatentDiffusion
 from medsynth.errors import UserError
 from medsynth.files import write_whole
 

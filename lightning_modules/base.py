@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from datamodules.base import Conditions, ImageBatch
-from lightning_modules.optim import OptimConfig, configure_optimizers
-from lightning_modules.weights import Weights
+from lightning_modules.parts.optim import OptimConfig, configure_optimizers
+from lightning_modules.parts.weights import Weights
 from medsynth.errors import UserError
 
 

@@ -15,13 +15,13 @@ from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
 from datamodules.base import CONTROL_CHANNELS, Conditions, ImageBatch
 from lightning_modules.base import STRATEGIES, Supports, to_image_range
-from lightning_modules.diffusion import SampleRandom, to_original
-from lightning_modules.image_prompt import ImagePrompt, load_image_encoder
-from lightning_modules.latent_diffusion import Context, Noised
+from lightning_modules.families.latent_diffusion import Context, Noised
+from lightning_modules.families.stable_diffusion import Denoising, DenoisingConfig
+from lightning_modules.maths.diffusion import SampleRandom, to_original
 from lightning_modules.nets.patch_discriminator import PatchDiscriminator, adversarial_terms, smallest_side
-from lightning_modules.perceptual import PerceptualLoss, vgg_source
-from lightning_modules.sd import Denoising, DenoisingConfig
-from lightning_modules.weights import RANDOM, Weights
+from lightning_modules.parts.image_prompt import ImagePrompt, load_image_encoder
+from lightning_modules.parts.perceptual import PerceptualLoss, vgg_source
+from lightning_modules.parts.weights import RANDOM, Weights
 from medsynth.errors import UserError
 
 _ENCODER, _PERCEPTUAL = "model.image_encoder", "model.perceptual_weights"

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from datamodules.base import ImageBatch
-from lightning_modules.fine_tuning import FineTuning, FineTuningConfig
+from lightning_modules.families.fine_tuning import FineTuning, FineTuningConfig
 from medsynth.errors import UserError
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from datamodules.base import Conditions
 from lightning_modules.base import STRATEGIES, Supports
+from lightning_modules.families.stable_diffusion import Denoising, DenoisingConfig
 from lightning_modules.nets.hypernetwork import ACTIVATIONS, INITIALISATIONS, Hypernetwork, context_widths
-from lightning_modules.sd import Denoising, DenoisingConfig
 from medsynth.errors import UserError
 
 WEIGHTS_FILE, CONFIG_FILE = "hypernetwork.safetensors", "config.json"

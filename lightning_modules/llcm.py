@@ -13,11 +13,11 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from datamodules.base import ImageBatch
 from lightning_modules.base import STRATEGIES, Supports
-from lightning_modules.diffusion import SampleRandom, add_noise, guide, to_noise, to_original
-from lightning_modules.latent_diffusion import Context, Denoised, SamplerConfig
-from lightning_modules.optim import OptimConfig
-from lightning_modules.sd import StableDiffusionBase, StableDiffusionBaseConfig
-from lightning_modules.solvers import SOLVERS, boundary_scalings, guidance_embedding, huber, leapfrog_step
+from lightning_modules.families.latent_diffusion import Context, Denoised, SamplerConfig
+from lightning_modules.families.stable_diffusion import StableDiffusionBase, StableDiffusionBaseConfig
+from lightning_modules.maths.diffusion import SampleRandom, add_noise, guide, to_noise, to_original
+from lightning_modules.maths.solvers import SOLVERS, boundary_scalings, guidance_embedding, huber, leapfrog_step
+from lightning_modules.parts.optim import OptimConfig
 from medsynth.errors import UserError
 
 

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from datamodules.base import ImageBatch
 from lightning_modules.base import STRATEGIES, Supports, to_model_range
-from lightning_modules.diffusion import (
+from lightning_modules.families.latent_diffusion import (
+    Context,
+    Denoised,
+    LatentDiffusion,
+    LatentDiffusionConfig,
+    guided,
+)
+from lightning_modules.maths.diffusion import (
     SampleRandom,
     gaussian_kl,
     interpolated_log_variance,
@@ -19,12 +26,11 @@ from lightning_modules.diffusion import (
     posterior_mean,
     predicted_original,
 )
-from lightning_modules.latent_diffusion import Context, Denoised, LatentDiffusion, LatentDiffusionConfig, guided
 from lightning_modules.msdm_vae import LatentCodec, LatentCodecConfig
 from lightning_modules.nets.msdm_unet import MSDMUNet
-from lightning_modules.optim import OptimConfig
-from lightning_modules.text import TextEncoder, TextEncoderConfig
-from lightning_modules.weights import RANDOM, Weights, made_here
+from lightning_modules.parts.optim import OptimConfig
+from lightning_modules.parts.text import TextEncoder, TextEncoderConfig
+from lightning_modules.parts.weights import RANDOM, Weights, made_here
 from medsynth.errors import UserError
 
 _TEXT = "model.text_encoder.source"

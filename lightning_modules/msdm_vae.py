@@ -13,11 +13,11 @@ from torchmetrics.functional.image import structural_similarity_index_measure as
 
 from datamodules.base import Conditions, ImageBatch
 from lightning_modules.base import GenerativeModule, Supports, to_image_range, to_model_range
-from lightning_modules.diffusion import SampleRandom
+from lightning_modules.maths.diffusion import SampleRandom
 from lightning_modules.nets.msdm_vae import MSDMVAE, MSDMVQVAE
-from lightning_modules.optim import OptimConfig
-from lightning_modules.perceptual import PerceptualLoss, vgg_source
-from lightning_modules.weights import RANDOM, Weights
+from lightning_modules.parts.optim import OptimConfig
+from lightning_modules.parts.perceptual import PerceptualLoss, vgg_source
+from lightning_modules.parts.weights import RANDOM, Weights
 from medsynth.errors import UserError
 
 

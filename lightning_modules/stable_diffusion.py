@@ -3,7 +3,7 @@
 Morgan State at MEDVQA-GI 2024 (section 3.2) and the LLCM paper's comparison on canine hips.
 """
 
-from lightning_modules.fine_tuning import FineTuning, FineTuningConfig
+from lightning_modules.families.fine_tuning import FineTuning, FineTuningConfig
 
 
 class StableDiffusion(FineTuning):

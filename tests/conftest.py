@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from datamodules.phantoms.chest import write_chest
-from datamodules.phantoms.hip import write_hips
 from datamodules.phantoms.colonoscopy import write_colonoscopy
+from datamodules.phantoms.hip import write_hips
 from tests.class_folders import write_classes
 
 REPOSITORY = Path(__file__).parent.parent

@@ -72,9 +72,9 @@ def test_plain_rooms_stay_plain(room):
 
 
 def test_the_mathematics_needs_torch_only():
-    assert {m.split(".")[0] for m in imports(REPOSITORY / "lightning_modules/diffusion.py")} == {"torch"}
-    others = {m for m in imports(REPOSITORY / "lightning_modules/solvers.py") if not m.startswith("torch")}
-    assert others == {"collections.abc", "lightning_modules.diffusion"}
+    assert {m.split(".")[0] for m in imports(REPOSITORY / "lightning_modules/maths/diffusion.py")} == {"torch"}
+    others = {m for m in imports(REPOSITORY / "lightning_modules/maths/solvers.py") if not m.startswith("torch")}
+    assert others == {"collections.abc", "lightning_modules.maths.diffusion"}
 
 
 def test_a_method_never_imports_another():

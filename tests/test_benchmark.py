@@ -16,7 +16,7 @@ from benchmarks.cell import DIFFERENT, METHODS, Batches, Cell, build
 from benchmarks.flops import count, per_picture
 from benchmarks.plain import LOOPS, Draws
 from benchmarks.train_step import batch_of_eager, largest_batch, main, measured_row
-from lightning_modules.diffusion import SampleRandom
+from lightning_modules.maths.diffusion import SampleRandom
 from medsynth.errors import UserError
 from tests.conftest import REPOSITORY
 

@@ -24,8 +24,8 @@ from jobs.encode import encode
 from jobs.registry import DATA, data_class, method_class
 from jobs.runs import build_data, build_module, build_source, load_run, use_cache
 from jobs.train import train
-from lightning_modules.diffusion import SampleRandom
-from lightning_modules.latent_diffusion import LatentDiffusion
+from lightning_modules.families.latent_diffusion import LatentDiffusion
+from lightning_modules.maths.diffusion import SampleRandom
 from medsynth.errors import UserError
 from tests.class_folders import write_classes
 from tests.conftest import REPOSITORY

@@ -26,10 +26,10 @@ from jobs.config import load_config
 from jobs.train import train
 from lightning_modules.base import to_image_range
 from lightning_modules.controlnet import ControlNet, ControlNetConfig
-from lightning_modules.diffusion import SampleRandom, to_original
-from lightning_modules.image_prompt import ImagePrompt, load_image_encoder
-from lightning_modules.latent_diffusion import SamplerConfig
+from lightning_modules.families.latent_diffusion import SamplerConfig
+from lightning_modules.maths.diffusion import SampleRandom, to_original
 from lightning_modules.nets.patch_discriminator import PatchDiscriminator, adversarial_terms, smallest_side
+from lightning_modules.parts.image_prompt import ImagePrompt, load_image_encoder
 from medsynth.errors import UserError
 from tests.conftest import REPOSITORY
 from tests.sd_folder import write_pipeline

@@ -6,8 +6,8 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 from diffusers.training_utils import compute_snr
 
-from lightning_modules import diffusion
-from lightning_modules.diffusion import PREDICTION_TYPES
+from lightning_modules.maths import diffusion
+from lightning_modules.maths.diffusion import PREDICTION_TYPES
 
 # Stable Diffusion's schedule.
 NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

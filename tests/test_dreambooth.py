@@ -21,7 +21,7 @@ from jobs.encode import encode
 from jobs.runs import build_data, build_module, build_source
 from jobs.train import train
 from lightning_modules.base import GenerativeModule
-from lightning_modules.diffusion import SampleRandom
+from lightning_modules.maths.diffusion import SampleRandom
 from medsynth.errors import UserError
 from tests.class_folders import write_classes
 from tests.conftest import REPOSITORY

@@ -11,8 +11,8 @@ from datamodules.base import Conditions
 from jobs.config import load_config
 from jobs.runs import build_module
 from jobs.train import train
-from lightning_modules.diffusion import SampleRandom
 from lightning_modules.llcm import LLCM
+from lightning_modules.maths.diffusion import SampleRandom
 from medsynth.errors import UserError
 from tests.conftest import REPOSITORY
 from tests.sd_folder import write_pipeline

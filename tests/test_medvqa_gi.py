@@ -14,8 +14,8 @@ from torchvision.transforms.v2 import functional as F
 
 from datamodules.base import StreamBatchSampler, StreamLoader
 from datamodules.files.images import crop_square, jitter, pad_square, read_rgb
-from datamodules.medvqa_gi import MedVQAGI, MedVQAGIConfig
 from datamodules.files.tables import read_table
+from datamodules.medvqa_gi import MedVQAGI, MedVQAGIConfig
 from medsynth.errors import UserError
 
 COLONOSCOPY = Path(__file__).parents[2] / "shared" / "data" / "colonoscopy"

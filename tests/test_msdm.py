@@ -10,11 +10,11 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from safetensors.torch import load_file
 
 from datamodules.base import Conditions, ImageBatch
-from lightning_modules import diffusion
-from lightning_modules.latent_diffusion import SamplerConfig
+from lightning_modules.families.latent_diffusion import SamplerConfig
+from lightning_modules.maths import diffusion
 from lightning_modules.msdm import MSDM, MSDMConfig, UNetConfig
 from lightning_modules.msdm_vae import LatentCodec, LatentCodecConfig, MSDMVAEConfig, MSDMVAEModule
-from lightning_modules.text import TextEncoder, TextEncoderConfig
+from lightning_modules.parts.text import TextEncoder, TextEncoderConfig
 from medsynth.errors import UserError
 
 CODEC = LatentCodecConfig(latent_channels=4, widths=[8, 16], norm_groups=4)
@@ -289,7 +289,7 @@ def test_perceptual_loss_is_lpips_with_the_given_vgg(tmp_path):
     from torchmetrics.functional.image.lpips import _LPIPS
     from torchvision.models import vgg16
 
-    from lightning_modules.perceptual import PerceptualLoss
+    from lightning_modules.parts.perceptual import PerceptualLoss
 
     torch.manual_seed(0)
     net = vgg16(weights=None)

@@ -8,8 +8,14 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, LatentConsistencyModelPipeline, LCMScheduler
 
-from lightning_modules.diffusion import alphas_cumprod, scaled_linear_betas, to_noise, to_original, zero_terminal_snr
-from lightning_modules.solvers import (
+from lightning_modules.maths.diffusion import (
+    alphas_cumprod,
+    scaled_linear_betas,
+    to_noise,
+    to_original,
+    zero_terminal_snr,
+)
+from lightning_modules.maths.solvers import (
     SOLVERS,
     boundary_scalings,
     ddim_step,

@@ -15,9 +15,9 @@ from datamodules.base import Conditions, ImageBatch, derive_seed
 from jobs.config import load_config
 from jobs.runs import build_module
 from jobs.train import train
-from lightning_modules.adapters import AdapterConfig, attach, merged
 from lightning_modules.base import GenerativeModule
-from lightning_modules.diffusion import SampleRandom
+from lightning_modules.maths.diffusion import SampleRandom
+from lightning_modules.parts.adapters import AdapterConfig, attach, merged
 from medsynth.errors import UserError
 from tests.conftest import REPOSITORY
 from tests.sd_folder import write_pipeline

@@ -20,10 +20,10 @@ from io import BytesIO
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from datamodules.phantoms.drawing import new_folder
 from datamodules.files.images import PictureFolder
 from datamodules.files.shards import Shards
 from datamodules.files.tables import Table, read_table
+from datamodules.phantoms.drawing import new_folder
 from medsynth.errors import UserError
 
 METADATA_FILE, EXTRA_FILE = "metadata.csv", "extra.jsonl"

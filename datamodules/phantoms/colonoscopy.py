@@ -17,7 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from datamodules.phantoms.drawing import Array, check_numbers, polar, ramp, round_outline, triple_angle, waves, write_once
+from datamodules.phantoms.drawing import (
+    Array,
+    check_numbers,
+    polar,
+    ramp,
+    round_outline,
+    triple_angle,
+    waves,
+    write_once,
+)
 
 Window = tuple[slice, slice]
 

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from datamodules.phantoms.drawing import Array, check_numbers, ramp, waves, write_once
 from datamodules.files.layouts import Entry, layout_writer, read_catalogue
+from datamodules.phantoms.drawing import Array, check_numbers, ramp, waves, write_once
 from medsynth.errors import UserError
 
 Points = NDArray[np.float64]

@@ -6,9 +6,9 @@ from pathlib import Path
 from diffusers import StableDiffusionPipeline
 from torch import nn
 
-from lightning_modules.adapters import AdapterConfig, adapter_metadata, adapter_state, attach, merged
 from lightning_modules.base import STRATEGIES, Supports
-from lightning_modules.sd import Denoising, DenoisingConfig
+from lightning_modules.families.stable_diffusion import Denoising, DenoisingConfig
+from lightning_modules.parts.adapters import AdapterConfig, adapter_metadata, adapter_state, attach, merged
 from medsynth.errors import UserError
 
 

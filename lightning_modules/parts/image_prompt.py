@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from lightning_modules.weights import RANDOM, Weights, made_here
+from lightning_modules.parts.weights import RANDOM, Weights, made_here
 from medsynth.errors import UserError
 
 _ENCODER, _CONFIG, _WEIGHTS = "image_encoder", "config.json", "diffusion_pytorch_model.safetensors"

@@ -13,15 +13,7 @@ from torch import Tensor
 
 from datamodules.base import ImageBatch
 from lightning_modules.base import to_model_range
-from lightning_modules.diffusion import (
-    SampleRandom,
-    add_noise,
-    min_snr_weight,
-    offset_noise,
-    to_original,
-    training_target,
-)
-from lightning_modules.latent_diffusion import (
+from lightning_modules.families.latent_diffusion import (
     Context,
     Denoised,
     LatentDiffusion,
@@ -31,9 +23,17 @@ from lightning_modules.latent_diffusion import (
     SamplerConfig,
     guided,
 )
-from lightning_modules.optim import OptimConfig
-from lightning_modules.text import TextEncoder, TextEncoderConfig
-from lightning_modules.weights import RANDOM, Weights, made_here
+from lightning_modules.maths.diffusion import (
+    SampleRandom,
+    add_noise,
+    min_snr_weight,
+    offset_noise,
+    to_original,
+    training_target,
+)
+from lightning_modules.parts.optim import OptimConfig
+from lightning_modules.parts.text import TextEncoder, TextEncoderConfig
+from lightning_modules.parts.weights import RANDOM, Weights, made_here
 from medsynth.errors import UserError
 
 KEY = "model.pretrained"

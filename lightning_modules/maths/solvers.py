@@ -1,7 +1,7 @@
 """The mathematics of consistency distillation: scalings, guidance embedding, distance, and steps of the teacher's ODE.
 
 A step goes along the probability-flow ODE from time steps t_B to earlier ones. alpha_bar is the schedule, as in
-`lightning_modules.diffusion`; alpha = sqrt(alpha_bar), sigma = sqrt(1 - alpha_bar), z_t = alpha z_0 + sigma eps.
+`lightning_modules.maths.diffusion`; alpha = sqrt(alpha_bar), sigma = sqrt(1 - alpha_bar), z_t = alpha z_0 + sigma eps.
 """
 
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lightning_modules.diffusion import add_noise, at, training_target
+from lightning_modules.maths.diffusion import add_noise, at, training_target
 
 Predict = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(z_t_BCHW, t_B) -> the z_0 and noise, like z_t, that the guided teacher sees in it."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lightning_modules.weights import RANDOM, Weights, made_here
+from lightning_modules.parts.weights import RANDOM, Weights, made_here
 from medsynth.errors import UserError
 
 # One thread tokenises a batch's few captions sooner than others wake up.

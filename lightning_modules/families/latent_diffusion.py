@@ -12,7 +12,7 @@ from torch import Tensor
 
 from datamodules.base import Conditions, ImageBatch
 from lightning_modules.base import GenerativeModule, to_image_range
-from lightning_modules.diffusion import (
+from lightning_modules.maths.diffusion import (
     SampleRandom,
     add_noise,
     alphas_cumprod,

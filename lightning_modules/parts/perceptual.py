@@ -5,7 +5,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from lightning_modules.weights import RANDOM, Weights
+from lightning_modules.parts.weights import RANDOM, Weights
 from medsynth.errors import UserError
 
 

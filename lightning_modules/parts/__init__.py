@@ -1,0 +1,1 @@
+"""Networks with their weights, and what builds them."""
