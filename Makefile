@@ -27,7 +27,7 @@ benchmark: install  ## Time the training step of each method beside a plain loop
 	$(BIN)/python -m benchmarks.train_step
 
 manifests: install  ## Write k8s/ anew from the configs
-	$(BIN)/python -m jobs.kubernetes
+	$(BIN)/python -m jobs.cluster.kubernetes
 
 test: install lint  ## Lint and run every test but those on a real Slurm
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal --ignore=tests/cluster

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from datamodules.base import Conditions, ImageBatch
-from jobs.registry import method_class
+from jobs.run.registry import method_class
 from lightning_modules.base import GenerativeModule
 from lightning_modules.families.stable_diffusion import ArchitectureConfig, StableDiffusionBase
 from lightning_modules.parts.adapters import AdapterConfig

@@ -15,8 +15,8 @@ from collections.abc import Callable
 import torch
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from jobs.config import load_arguments
-from jobs.runs import build_module
+from jobs.run.config import load_arguments
+from jobs.run.folder import build_module
 from lightning_modules.parts.optim import OPTIMIZERS
 
 

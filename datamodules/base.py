@@ -284,7 +284,7 @@ class DataConfig:
     """What every data set is configured by."""
 
     name: str = "???"
-    """Which DataModule, by its name in jobs/registry.py."""
+    """Which DataModule, by its name in jobs/run/registry.py."""
     root: str = "???"
     """Folder of the data set."""
     resolution: int = 256

@@ -43,7 +43,7 @@ class _LazyGroup(click.Group):
         try:
             return super().resolve_command(context, args)
         except click.UsageError as error:
-            from jobs.registry import nearest
+            from jobs.run.registry import nearest
 
             raise click.UsageError(f"there is no command {args[0]}{nearest(args[0], COMMANDS)}") from error
 

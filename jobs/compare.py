@@ -14,7 +14,7 @@ from typing import Any, Optional
 
 import click
 
-from jobs.registry import nearest
+from jobs.run.registry import nearest
 from medsynth.errors import UserError
 
 # Which way a metric is better, in the order of the columns. A name that goes on after "_", as fd_random, counts too.

@@ -31,7 +31,7 @@ def main(config: tuple[str, ...], out: Path, variants: int, batch_size: int, sha
     over the data are encoded as training would augment them; training then goes round them. An interrupted call goes on
     where it was when it is repeated, and one with more variants adds them.
     """
-    from jobs.config import load_arguments
+    from jobs.run.config import load_arguments
 
     encode(load_arguments(config), out, variants, batch_size, shard_rows)
 
@@ -44,7 +44,7 @@ def encode(config, out: Path, variants: int = 1, batch_size: int = 64, shard_row
     """
     from datamodules.base import undrawn
     from datamodules.cached import TEXT, VALIDATION, CacheWriter, identity, variant_part
-    from jobs.runs import build_source
+    from jobs.run.folder import build_source
 
     module = _build(config)
     data, _ = build_source(config)
@@ -72,7 +72,7 @@ def encode(config, out: Path, variants: int = 1, batch_size: int = 64, shard_row
 
 def _build(config):
     """The module with its encoders."""
-    from jobs.runs import build_module
+    from jobs.run.folder import build_module
     from lightning_modules.families.latent_diffusion import LatentDiffusion
 
     module = build_module(config)

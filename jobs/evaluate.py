@@ -43,7 +43,7 @@ def main(
     from rich.console import Console
     from rich.table import Table
 
-    from jobs.runs import pick_device
+    from jobs.run.folder import pick_device
     from metrics.extractors import build_extractor
     from metrics.suite import GenerationMetrics
 

@@ -111,8 +111,8 @@ def depth(config: tuple[str, ...]) -> None:
     """Estimate the depth of CONFIG's pictures with data.depth_model, for `data.controls: [depth]`."""
     from rich.progress import Progress
 
-    from jobs.config import instantiate, load_arguments
-    from jobs.registry import data_class
+    from jobs.run.config import instantiate, load_arguments
+    from jobs.run.registry import data_class
     from lightning_modules.parts.weights import Weights
     from medsynth.errors import UserError
 
@@ -134,8 +134,8 @@ def weights(config: tuple[str, ...]) -> None:
 
     Compute nodes often have no internet: run this where there is some, with the same home folder.
     """
-    from jobs.config import load_arguments
-    from jobs.runs import build_module
+    from jobs.run.config import load_arguments
+    from jobs.run.folder import build_module
     from lightning_modules.parts.weights import Weights
     from metrics.extractors import INCEPTION_URL
 

@@ -14,8 +14,8 @@ _CONFIGS = Path(__file__).parent.parent / "configs" / "quickstart"
 def main(out: Path) -> None:
     """Draw phantom data, train both stages of MSDM, score it before and after, and say where the pictures are."""
     from datamodules.phantoms.colonoscopy import write_colonoscopy
-    from jobs.config import load_config
     from jobs.encode import encode
+    from jobs.run.config import load_config
     from jobs.train import train
 
     click.secho("1/4 Drawing phantom colonoscopy pictures", bold=True)

@@ -36,7 +36,7 @@ def main(
     """
     if sum(given is not None for given in (prompts, prompt, validation)) != 1:
         raise UserError("give one of --prompts FILE, --prompt TEXT and --validation COUNT")
-    from jobs.runs import load_run, pick_device
+    from jobs.run.folder import load_run, pick_device
 
     listed = None if prompts is None else _read_prompts(prompts)
     module, config = load_run(run_dir, checkpoint)
@@ -79,7 +79,7 @@ def _words(captions: list[str]) -> _Asked:
 
 
 def _validation(config, count: int) -> _Asked:
-    from jobs.runs import build_source
+    from jobs.run.folder import build_source
 
     data, _ = build_source(config)
     return _Asked([data.evaluation_conditions([i]).captions[0] for i in range(count)], data.evaluation_conditions)

@@ -73,11 +73,11 @@ def load_for_job(cluster: str, arguments: Sequence[str], nodes: int | None, gpus
     """The resolved config of `arguments` on that many machines and processes a machine.
 
     Raises:
-        UserError: as `jobs.config.load_config`, or the method does not train so.
+        UserError: as `jobs.run.config.load_config`, or the method does not train so.
     """
-    from jobs.config import load_arguments, load_for_nodes
-    from jobs.kubernetes import load_for_pods
-    from jobs.runs import build_module
+    from jobs.cluster.kubernetes import load_for_pods
+    from jobs.run.config import load_arguments, load_for_nodes
+    from jobs.run.folder import build_module
     from jobs.train import check_support
 
     if cluster == "local":
@@ -189,7 +189,7 @@ def submit(executor, config, watch: bool) -> int:
     """Submit the run, say where it is, and with `watch` follow it; the exit code, 0 for a job that was left alone."""
     from submitit.core.utils import FailedJobError
 
-    from jobs.runs import write_config
+    from jobs.run.folder import write_config
     from jobs.tracking import ui_command
 
     write_config(config)  # refuses a run_dir that holds another run
@@ -209,7 +209,7 @@ def submit(executor, config, watch: bool) -> int:
 
 
 def _write_submission(config) -> Path:
-    from jobs.config import to_yaml
+    from jobs.run.config import to_yaml
 
     path = Path(config.run_dir).absolute() / f"submit/{datetime.now():%Y%m%d-%H%M%S-%f}.yaml"
     path.parent.mkdir(exist_ok=True)
@@ -251,7 +251,7 @@ class TrainJob:
 
     def _train(self) -> int:
         try:  # a signal may come while these are imported
-            from jobs.config import load_config
+            from jobs.run.config import load_config
             from jobs.train import train
 
             train(load_config([self.config]))
@@ -323,7 +323,7 @@ def _has_ended(job) -> bool:
 def _print_submission(executor, config) -> None:
     import submitit
 
-    from jobs.config import to_yaml
+    from jobs.run.config import to_yaml
 
     if isinstance(executor, submitit.SlurmExecutor):
         click.echo(executor._make_submission_file_text(executor._submitit_command_str, "CONFIG"))
@@ -331,7 +331,7 @@ def _print_submission(executor, config) -> None:
 
 
 def _submit_to_kubernetes(config, image: str | None, watch: bool, dry_run: bool) -> None:
-    from jobs.kubernetes import IMAGE, apply, render
+    from jobs.cluster.kubernetes import IMAGE, apply, render
 
     if watch:
         raise UserError("--watch: kubectl logs --follow does that for --cluster kubernetes")

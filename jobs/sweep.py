@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 from omegaconf import OmegaConf
 
-from jobs.config import load_arguments
+from jobs.run.config import load_arguments
 from medsynth.errors import UserError
 
 

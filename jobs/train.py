@@ -19,7 +19,7 @@ def main(config: tuple[str, ...], print_only: bool, keys: bool) -> None:
     CONFIG are YAML files, merged in order; KEY=VALUE settings come last, for instance train.max_steps=1000. The same
     run_dir again resumes the run where it was left.
     """
-    from jobs.config import load_arguments, to_yaml
+    from jobs.run.config import load_arguments, to_yaml
 
     resolved = load_arguments(config)
     if print_only:
@@ -35,7 +35,7 @@ def _list_keys(config) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from jobs.keys import describe
+    from jobs.run.keys import describe
 
     table = Table("key", "type", "value", "meaning", box=None)
     for key in describe(OmegaConf.to_object(config)):
@@ -63,10 +63,10 @@ def _train(config, request):
     from callbacks.checkpoint import LAST, newest_verified
     from callbacks.evaluation import Evaluation
     from callbacks.preemption import Preemption
-    from jobs.config import instantiate
-    from jobs.runs import build_data, build_module, use_cache, write_config
-    from jobs.strategies import is_sharded
-    from jobs.summary import print_summary
+    from jobs.run.config import instantiate
+    from jobs.run.folder import build_data, build_module, use_cache, write_config
+    from jobs.run.strategies import is_sharded
+    from jobs.run.summary import print_summary
     from jobs.tracking import RunTracker, run_facts, ui_command
 
     _quieten()
@@ -125,7 +125,7 @@ def _train(config, request):
 
 def _export(module, run_dir, tracker):
     """Write the best checkpoint's weights as other libraries read them."""
-    from jobs.runs import find_checkpoint, load_weights
+    from jobs.run.folder import find_checkpoint, load_weights
 
     best, out = find_checkpoint(run_dir, "best"), run_dir / "export"
     load_weights(module.cpu(), best)
@@ -150,8 +150,8 @@ def _build_trainer(config, evaluation, preemption, tracker):
     from callbacks.class_pictures import ClassPictures
     from callbacks.ema import EMA
     from callbacks.progress import RunProgress, Throughput
-    from jobs.config import accumulation, instantiate
-    from jobs.strategies import trainer_options
+    from jobs.run.config import accumulation, instantiate
+    from jobs.run.strategies import trainer_options
 
     train, hardware = config.train, config.hardware
     throughput = Throughput(train.global_batch_size)
@@ -194,8 +194,8 @@ def _plugins() -> list:
 def _log_run(tracker, config, module, data, facts: dict[str, str]) -> None:
     from omegaconf import OmegaConf
 
-    from jobs.registry import METHODS
-    from jobs.runs import CONFIG_FILE
+    from jobs.run.folder import CONFIG_FILE
+    from jobs.run.registry import METHODS
     from lightning_modules.base import count_parameters
 
     trained, frozen = count_parameters(module)

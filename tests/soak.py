@@ -43,7 +43,7 @@ from rich.table import Table
 import jobs.train
 from callbacks.checkpoint import DurableCheckpointIO, newest_verified, read_manifest
 from datamodules.phantoms.colonoscopy import write_colonoscopy
-from jobs.config import load_config
+from jobs.run.config import load_config
 from jobs.tracking import mlflow_client, read_run_id
 from tests.processes import FORK
 from tests.test_checkpoint import assert_same

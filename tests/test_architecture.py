@@ -11,10 +11,10 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from jobs.config import load_config
-from jobs.keys import describe
-from jobs.registry import METHODS, method_class
-from jobs.runs import build_module
+from jobs.run.config import load_config
+from jobs.run.folder import build_module
+from jobs.run.keys import describe
+from jobs.run.registry import METHODS, method_class
 from lightning_modules.base import count_parameters
 from tests.conftest import REPOSITORY
 

@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 
 from datamodules.base import Conditions, ImageDataModule, collate, derive_seed, undrawn
 from datamodules.cached import Cache, CachedLatents, CacheWriter, cut
-from jobs.config import load_config
 from jobs.encode import encode
-from jobs.registry import DATA, data_class, method_class
-from jobs.runs import build_data, build_module, build_source, load_run, use_cache
+from jobs.run.config import load_config
+from jobs.run.folder import build_data, build_module, build_source, load_run, use_cache
+from jobs.run.registry import DATA, data_class, method_class
 from jobs.train import train
 from lightning_modules.families.latent_diffusion import LatentDiffusion
 from lightning_modules.maths.diffusion import SampleRandom

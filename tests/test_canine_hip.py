@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from datamodules.canine_hip import CanineHip, CanineHipConfig
 from datamodules.files.layouts import LAYOUTS, convert
 from datamodules.phantoms.hip import write_hips
-from jobs.registry import data_class
+from jobs.run.registry import data_class
 from medsynth.errors import UserError
 
 COUNT = 24

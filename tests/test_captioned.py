@@ -219,7 +219,7 @@ def test_fingerprint_counts_every_file_of_a_sample(root):
 
 
 def test_a_subclass_changes_defaults_and_keeps_their_meaning():
-    from jobs.keys import describe
+    from jobs.run.keys import describe
 
     @dataclass
     class Config(CaptionedConfig):

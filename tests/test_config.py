@@ -3,7 +3,7 @@
 import pytest
 from omegaconf import OmegaConf
 
-from jobs.config import accumulation, load_config, to_yaml
+from jobs.run.config import accumulation, load_config, to_yaml
 from medsynth.errors import UserError
 from tests.conftest import REPOSITORY
 

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from callbacks.ema import EMA, EMAConfig
 from datamodules.base import Conditions, ImageBatch, collate
-from jobs.config import load_config
-from jobs.runs import build_data, build_module, load_weights
+from jobs.run.config import load_config
+from jobs.run.folder import build_data, build_module, load_weights
 from jobs.train import train
 from lightning_modules.base import GenerativeModule, count_parameters
 from tests.conftest import REPOSITORY

@@ -22,7 +22,7 @@ from transformers import (
 from callbacks.samples import draw_grid
 from datamodules.base import Conditions, ImageBatch, derive_seed
 from datamodules.phantoms.chest import write_chest
-from jobs.config import load_config
+from jobs.run.config import load_config
 from jobs.train import train
 from lightning_modules.base import to_image_range
 from lightning_modules.controlnet import ControlNet, ControlNetConfig

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from callbacks.checkpoint import read_manifest
 from callbacks.preemption import Preempted
-from jobs.config import load_config
+from jobs.run.config import load_config
 from jobs.tracking import mlflow_client, read_run_id
 from jobs.train import train
 from lightning_modules.base import GenerativeModule
@@ -88,8 +88,8 @@ from pathlib import Path
 import lightning as L
 from callbacks.evaluation import Evaluation
 from callbacks.ema import EMA
-from jobs.config import instantiate
-from jobs.runs import build_data, load_run
+from jobs.run.config import instantiate
+from jobs.run.folder import build_data, load_run
 module, config = load_run(Path({str(folder / "run-3")!r}), "last")
 data, _ = build_data(config, module)
 evaluation = Evaluation(instantiate(config, "evaluation"), Path("again"), config.seed)

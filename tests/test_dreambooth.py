@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 
 from callbacks.class_pictures import draw_missing
 from datamodules.base import DRAWN_FILE, Conditions, Drawing, ImageBatch, derive_seed
-from jobs.config import load_config
 from jobs.encode import encode
-from jobs.runs import build_data, build_module, build_source
+from jobs.run.config import load_config
+from jobs.run.folder import build_data, build_module, build_source
 from jobs.train import train
 from lightning_modules.base import GenerativeModule
 from lightning_modules.maths.diffusion import SampleRandom

@@ -11,8 +11,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from datamodules.base import Conditions, ImageBatch, ImageDataModule, collate
-from jobs.config import load_config
-from jobs.runs import build_data, build_module
+from jobs.run.config import load_config
+from jobs.run.folder import build_data, build_module
 from jobs.train import train
 from lightning_modules.hypernetwork import HypernetworkConfig, HypernetworkModule, load_hypernetwork, web_ui_state
 from lightning_modules.nets.hypernetwork import ACTIVATIONS, INITIALISATIONS, Hypernetwork

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from jobs import cli
-from jobs.config import load_config
+from jobs.run.config import load_config
 from jobs.train import train
 from medsynth.errors import UserError
 from tests.conftest import REPOSITORY
@@ -157,7 +157,7 @@ def test_a_picture_depends_on_its_row_not_on_the_batch(run, prompts, tmp_path):
 
 
 def test_one_prompt_several_times_and_the_run_s_own_prompts(run, prompts, tmp_path):
-    from jobs.runs import build_source
+    from jobs.run.folder import build_source
 
     medsynth("sample", run, "--prompt", "Generate an image with 1 polyp.", "--count", 2, "--out", tmp_path / "one")
     texts = [Image.open(path).info for path in sorted((tmp_path / "one").iterdir())]

@@ -26,8 +26,8 @@ import yaml
 from safetensors.torch import load_file
 
 from callbacks.checkpoint import verify
-from jobs.elastic import exit_code
-from jobs.kubernetes import load_for_pods, manifests, presets, render
+from jobs.cluster.elastic import exit_code
+from jobs.cluster.kubernetes import load_for_pods, manifests, presets, render
 from medsynth.errors import UserError
 from tests.conftest import REPOSITORY
 
@@ -522,7 +522,15 @@ class Agents:
         folder = self.folder / f"{how}-{index}"
         folder.mkdir()
         address = next(Pod._addresses)
-        command = [sys.executable, "-m", "jobs.pod", "--nodes=1", "--processes=2", "--id=test", f"--address={address}"]
+        command = [
+            sys.executable,
+            "-m",
+            "jobs.cluster.pod",
+            "--nodes=1",
+            "--processes=2",
+            "--id=test",
+            f"--address={address}",
+        ]
         command += [f"--endpoint={address}:{free_port()}", "--restarts=1", "--grace=30", f"--wait={wait}"]
         environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
         command += [f"--index={index}", "--", str(self.folder / "worker.py"), how, str(folder)]

@@ -8,8 +8,8 @@ from diffusers import DDIMScheduler, LatentConsistencyModelPipeline, LCMSchedule
 from torch import Tensor
 
 from datamodules.base import Conditions
-from jobs.config import load_config
-from jobs.runs import build_module
+from jobs.run.config import load_config
+from jobs.run.folder import build_module
 from jobs.train import train
 from lightning_modules.llcm import LLCM
 from lightning_modules.maths.diffusion import SampleRandom

@@ -32,7 +32,7 @@ from callbacks.preemption import (
     PreemptionConfig,
     StopRequest,
 )
-from jobs.config import load_config
+from jobs.run.config import load_config
 from jobs.tracking import mlflow_client, read_run_id
 from jobs.train import train
 from lightning_modules.base import GenerativeModule

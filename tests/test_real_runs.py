@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from datamodules.base import collate
-from jobs.config import load_config
-from jobs.runs import build_data, build_module
+from jobs.run.config import load_config
+from jobs.run.folder import build_data, build_module
 from jobs.train import train
 from lightning_modules.base import GenerativeModule
 from tests.conftest import REPOSITORY

@@ -12,8 +12,8 @@ from diffusers.training_utils import compute_snr
 from torch import Tensor
 
 from datamodules.base import Conditions, ImageBatch, derive_seed
-from jobs.config import load_config
-from jobs.runs import build_module
+from jobs.run.config import load_config
+from jobs.run.folder import build_module
 from jobs.train import train
 from lightning_modules.base import GenerativeModule
 from lightning_modules.maths.diffusion import SampleRandom

@@ -11,9 +11,9 @@ import deepspeed  # noqa: F401 - here once instead of in each process
 
 from callbacks.checkpoint import DurableCheckpointIO, read_manifest
 from datamodules.base import Conditions
-from jobs.config import load_config
-from jobs.runs import build_data, build_module, load_run
-from jobs.summary import estimate_memory
+from jobs.run.config import load_config
+from jobs.run.folder import build_data, build_module, load_run
+from jobs.run.summary import estimate_memory
 from jobs.train import train
 from lightning_modules.base import count_parameters
 from medsynth.errors import UserError

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from jobs.config import load_config
+from jobs.run.config import load_config
 from jobs.submit import SIGNAL_SECONDS, load_for_job, make_executor, parse_minutes
 from jobs.sweep import main as print_runs
 from jobs.sweep import read_sweep

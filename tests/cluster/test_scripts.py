@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.config import load_config
+from jobs.run.config import load_config
 from tests.cluster.cluster import Slurm, clone, wait_for, write_site
 from tests.conftest import REPOSITORY
 

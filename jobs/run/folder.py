@@ -18,8 +18,8 @@ from callbacks.checkpoint import DurableCheckpointIO, newest_verified
 from callbacks.ema import load_ema_weights
 from datamodules.base import ImageDataModule
 from datamodules.cached import Cache, CachedLatents
-from jobs.config import accumulation, instantiate, load_config, to_yaml
-from jobs.registry import data_class, method_class
+from jobs.run.config import accumulation, instantiate, load_config, to_yaml
+from jobs.run.registry import data_class, method_class
 from lightning_modules.base import GenerativeModule
 from lightning_modules.families.latent_diffusion import LatentDiffusion
 from medsynth.errors import UserError

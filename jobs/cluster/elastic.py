@@ -1,4 +1,4 @@
-"""An agent of torchrun that knows what the exit codes of a training mean; see jobs/pod.py."""
+"""An agent of torchrun that knows what the exit codes of a training mean; see jobs/cluster/pod.py."""
 
 import os
 import signal

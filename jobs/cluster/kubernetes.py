@@ -1,6 +1,6 @@
 """Kubernetes manifests of training runs, all from the one template kubernetes.yaml.jinja.
 
-`python -m jobs.kubernetes` writes k8s/<preset>-train.yaml for every preset of configs/ anew.
+`python -m jobs.cluster.kubernetes` writes k8s/<preset>-train.yaml for every preset of configs/ anew.
 """
 
 import math
@@ -12,12 +12,12 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from omegaconf import DictConfig
 
-from jobs.config import load_for_nodes, to_yaml
+from jobs.run.config import load_for_nodes, to_yaml
 from medsynth import __version__
 from medsynth.errors import UserError
 from medsynth.exit_codes import NO_PROGRESS, PREEMPTED, USER_ERROR
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 IMAGE = f"medsynth:{__version__}"
 
 # Of a pod, for each GPU; the smallest usual nodes of 8 have 96 CPUs and 680 GB.
@@ -53,7 +53,7 @@ def render(config: DictConfig, *, name: str | None = None, image: str = IMAGE) -
     """
     hardware = config.hardware
     template = Environment(
-        loader=PackageLoader("jobs", "."), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("jobs.cluster", "."), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     ).get_template("kubernetes.yaml.jinja")
     return template.render(
         name=_object_name(name or f"{Path(config.run_dir).name}-train"),

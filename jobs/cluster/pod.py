@@ -1,6 +1,6 @@
 """What a pod of a training Job runs: one agent of torchrun, which ends with the exit code of the training.
 
-    python -m jobs.pod --nodes 2 --processes 8 --endpoint llcm-train-0.llcm-train:29500 --id llcm-train \
+    python -m jobs.cluster.pod --nodes 2 --processes 8 --endpoint llcm-train-0.llcm-train:29500 --id llcm-train \
         --address 10.0.0.7 --index 0 --restarts 3 --wait 900 --grace 540 -- -m jobs.train config.yaml
 
 torchrun itself ends with 1 whatever its workers end with, and restarts them after every failure. Here
@@ -36,7 +36,7 @@ def main(program: tuple[str, ...], **options) -> None:
     """Run PROGRAM, arguments of python, in the workers of a group of pods."""
     # The first process of a container has no default action for SIGTERM, and torch takes seconds to import.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(PREEMPTED))
-    from jobs.elastic import run
+    from jobs.cluster.elastic import run
 
     try:
         code = run(program, **options)

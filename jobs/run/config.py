@@ -16,7 +16,7 @@ from callbacks.checkpoint import CheckpointConfig
 from callbacks.ema import EMAConfig
 from callbacks.evaluation import EvaluationConfig
 from callbacks.preemption import PreemptionConfig
-from jobs.registry import data_class, method_class, nearest
+from jobs.run.registry import data_class, method_class, nearest
 from jobs.tracking import TrackingConfig
 from medsynth.errors import UserError
 
@@ -28,7 +28,7 @@ PRECISIONS = {
     "deepspeed3": ("32-true", "bf16-mixed"),
 }
 """The strategies, and the precisions that each trains with; weights that learn are float32 in all of them."""
-GPU_NODE = Path(__file__).parent.parent / "configs/hardware/a100x8.yaml"
+GPU_NODE = Path(__file__).parents[2] / "configs/hardware/a100x8.yaml"
 """What lies under the config of a run on a cluster that says nothing of its hardware."""
 
 
@@ -79,7 +79,7 @@ class RunConfig:
     """A whole run."""
 
     method: str = "???"
-    """Which method, by its name in jobs/registry.py."""
+    """Which method, by its name in jobs/run/registry.py."""
     run_dir: str = "???"
     """Folder of everything the run makes; the same folder again resumes the run."""
     seed: int = 0

@@ -7,8 +7,8 @@ from rich.table import Table
 from torch import nn
 
 from datamodules.base import ImageDataModule, collate
-from jobs.config import accumulation
-from jobs.registry import METHODS
+from jobs.run.config import accumulation
+from jobs.run.registry import METHODS
 from lightning_modules.base import GenerativeModule, count_parameters
 
 

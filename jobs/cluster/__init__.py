@@ -1,0 +1,1 @@
+"""What runs on a cluster, and how it is described to one."""
