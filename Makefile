@@ -2,7 +2,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DATA := ../shared/data/colonoscopy
 
-.PHONY: help install quickstart colonoscopy benchmark manifests test cluster soak lint format clean
+.PHONY: help install quickstart colonoscopy benchmark traces manifests test cluster soak lint format clean
 
 help:  ## Show what there is to make
 	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ colonoscopy: install  ## Train MSDM on real pictures, DATA=FOLDER in MEDVQA-GI's
 
 benchmark: install  ## Time the training step of each method beside a plain loop, on the GPU if there is one
 	$(BIN)/python -m benchmarks.train_step
+
+traces: install  ## Write the golden traces anew, after a change that is meant to change what is learned
+	$(BIN)/python -m tests.traces
 
 manifests: install  ## Write k8s/ anew from the configs
 	$(BIN)/python -m jobs.cluster.kubernetes

@@ -18,24 +18,17 @@ from tests.class_folders import write_classes
 REPOSITORY = Path(__file__).parent.parent
 
 
-@pytest.fixture(scope="session")
-def phantom(tmp_path_factory) -> Path:
-    """A phantom colonoscopy set: 40 pictures of 64×64 with prompts."""
-    folder = tmp_path_factory.mktemp("data") / "phantom"
-    write_colonoscopy(folder, images=40, seed=1, size=64)
-    return folder
-
-
 class Phantoms(dict):
     """A small phantom set of each data set, by its name in the registry, drawn when it is asked for."""
 
-    def __init__(self, folder: Path, **drawn: Path):
-        super().__init__(**drawn)
+    def __init__(self, folder: Path):
+        super().__init__()
         self.folder = folder
 
     def __missing__(self, name: str) -> Path:
         out = self.folder / name
         write = {
+            "medvqa_gi": lambda: write_colonoscopy(out, images=40, seed=1, size=64),
             "canine_hip": lambda: write_hips(out, images=24, seed=1, size=64),
             "chest_xray": lambda: write_chest(out, images=24, seed=1, size=64),
             "dreambooth": lambda: write_classes(out, class_pictures=3),
@@ -45,9 +38,15 @@ class Phantoms(dict):
 
 
 @pytest.fixture(scope="session")
-def phantoms(tmp_path_factory, phantom) -> Phantoms:
+def phantoms(tmp_path_factory) -> Phantoms:
     """`phantoms["chest_xray"]` is the folder of a phantom set of that kind."""
-    return Phantoms(tmp_path_factory.mktemp("phantoms"), medvqa_gi=phantom)
+    return Phantoms(tmp_path_factory.mktemp("phantoms"))
+
+
+@pytest.fixture(scope="session")
+def phantom(phantoms) -> Path:
+    """A phantom colonoscopy set: 40 pictures of 64×64 with prompts."""
+    return phantoms["medvqa_gi"]
 
 
 @pytest.fixture

@@ -45,8 +45,8 @@ from callbacks.checkpoint import DurableCheckpointIO, newest_verified, read_mani
 from datamodules.phantoms.colonoscopy import write_colonoscopy
 from jobs.run.config import load_config
 from jobs.tracking import mlflow_client, read_run_id
+from tests.callbacks.test_checkpoint import assert_same
 from tests.processes import FORK
-from tests.test_checkpoint import assert_same
 
 TINY = Path(__file__).parent.parent / "configs/tiny/msdm.yaml"
 PROCESSES = 2

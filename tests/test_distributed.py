@@ -18,9 +18,9 @@ from jobs.run.config import load_config
 from jobs.tracking import mlflow_client, read_run_id
 from jobs.train import train
 from lightning_modules.base import GenerativeModule
+from tests.callbacks.test_preemption import check_like_undisturbed, disturb
 from tests.conftest import REPOSITORY
 from tests.processes import together
-from tests.test_preemption import check_like_undisturbed, disturb
 
 SETTINGS = [
     "train.global_batch_size=12",

@@ -15,7 +15,7 @@ from datamodules.cytology import AffineGeometry, Cytology, CytologyConfig
 from datamodules.files.images import Geometry
 from medsynth.errors import UserError
 
-BLOOD_CELLS = Path(__file__).parents[2] / "shared" / "data" / "blood-cells"
+BLOOD_CELLS = Path(__file__).parents[3] / "shared" / "data" / "blood-cells"
 LINES = ["a smear of [filewords], by [name]", "[name]: [filewords]", "[filewords]"]
 COUNTS = {"benign": 3, "malignant": 8, "normal": 1}
 

@@ -441,7 +441,7 @@ def test_everything_reaches_the_disk_before_what_depends_on_it(tmp_path, monkeyp
 
 
 KILLS = 170
-"""Random kills of a process that saves; tests/test_checkpoint_sharded.py has more, of two processes."""
+"""Random kills of a process that saves; tests/callbacks/test_checkpoint_sharded.py has more, of two processes."""
 KILLED_SIZE = 50_000
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from metrics.images import quantise
 from metrics.suite import GenerationMetrics
-from tests.test_metrics import PixelExtractor, feed, phantoms
+from tests.metrics.test_metrics import PixelExtractor, feed, phantoms
 
 REALS, FAKES, BANK = 37, 41, 20
 SHARES = {  # number of processes: which pictures each scores, as a slice

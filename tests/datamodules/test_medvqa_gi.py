@@ -18,7 +18,7 @@ from datamodules.files.tables import read_table
 from datamodules.medvqa_gi import MedVQAGI, MedVQAGIConfig
 from medsynth.errors import UserError
 
-COLONOSCOPY = Path(__file__).parents[2] / "shared" / "data" / "colonoscopy"
+COLONOSCOPY = Path(__file__).parents[3] / "shared" / "data" / "colonoscopy"
 RNG = np.random.default_rng(0)
 
 

@@ -25,8 +25,8 @@ from callbacks.checkpoint import (
 )
 from callbacks.sharding import Held, by_name, by_number
 from medsynth.errors import UserError
+from tests.callbacks.test_checkpoint import DAMAGE, Toy, assert_same, fit, kill_at_random
 from tests.processes import FORK, together
-from tests.test_checkpoint import DAMAGE, Toy, assert_same, fit, kill_at_random
 
 SIZE = 30_000
 

@@ -18,8 +18,8 @@ from jobs.train import train
 from lightning_modules.base import count_parameters
 from medsynth.errors import UserError
 from tests.conftest import REPOSITORY
+from tests.lightning_modules.test_contract import tiny
 from tests.processes import together
-from tests.test_contract import tiny
 
 TINY = REPOSITORY / "configs/tiny/msdm.yaml"
 STRATEGIES = ("ddp", "fsdp", "deepspeed2", "deepspeed3")

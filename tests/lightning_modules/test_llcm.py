@@ -15,8 +15,8 @@ from lightning_modules.llcm import LLCM
 from lightning_modules.maths.diffusion import SampleRandom
 from medsynth.errors import UserError
 from tests.conftest import REPOSITORY
+from tests.lightning_modules.test_stable_diffusion import PROMPTS, batch, drawn
 from tests.sd_folder import write_pipeline
-from tests.test_stable_diffusion import PROMPTS, batch, drawn
 
 TINY = REPOSITORY / "configs/tiny/llcm.yaml"
 

@@ -16,7 +16,7 @@ from datamodules.files.dicom import stretch
 from datamodules.phantoms.chest import write_dicom
 from medsynth.errors import UserError
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
+DATA = Path(__file__).parents[3] / "shared" / "data"
 ALL = ["canny", "depth", "mask", "picture"]
 
 
