@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from datamodules.base import Conditions, ImageBatch
+from datamodules.batches import Conditions, ImageBatch
 from jobs.run.registry import method_class
 from lightning_modules.base import GenerativeModule
 from lightning_modules.families.stable_diffusion import ArchitectureConfig, StableDiffusionBase

@@ -11,7 +11,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 
-from datamodules.base import DRAWN_FILE, Conditions, Drawing, undrawn
+from datamodules.batches import DRAWN_FILE, Conditions, Drawing, undrawn
 from lightning_modules.base import GenerativeModule
 from medsynth.errors import UserError
 from metrics.images import quantise

@@ -16,7 +16,9 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from callbacks.samples import draw_grid
-from datamodules.base import EvaluationSampler, ImageDataModule, collate, derive_seed
+from datamodules.base import ImageDataModule
+from datamodules.batches import collate
+from datamodules.stream import EvaluationSampler, derive_seed
 from lightning_modules.base import GenerativeModule
 from medsynth.errors import UserError
 from metrics.extractors import FeatureExtractor, build_extractor

@@ -10,9 +10,10 @@ from typing import Optional
 
 from torch import Tensor
 
-from datamodules.captioned import CaptionedConfig, CaptionedDataModule, Contents, Pair, Pictures, Progress
+from datamodules.captioned import CaptionedConfig, CaptionedDataModule, Contents, Pair, Progress
 from datamodules.files.images import check_header, decode_rgb
 from datamodules.files.layouts import LAYOUTS, SPLITS, read_catalogue
+from datamodules.files.pictures import Pictures
 from datamodules.files.shards import Shards
 from datamodules.files.tables import Table, drop_bad_rows
 from medsynth.errors import UserError

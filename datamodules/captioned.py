@@ -19,9 +19,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datamodules.base import Conditions, DataConfig, ImageBatch, ImageDataModule, Sample, SampleStream, derive_seed
-from datamodules.files.images import MOST_PIXELS, Geometry, check_header, jitter, random_flips, read_rgb
+from datamodules.base import DataConfig, ImageDataModule
+from datamodules.batches import Conditions, ImageBatch, Sample
+from datamodules.files.images import MOST_PIXELS, Geometry, jitter, random_flips
+from datamodules.files.pictures import Pictures
 from datamodules.files.tables import Table
+from datamodules.stream import SampleStream, derive_seed
 from medsynth.errors import UserError
 from medsynth.files import write_whole
 
@@ -96,50 +99,6 @@ class Pair:
     paraphrases: tuple[str, ...] = ()
     is_prior: bool = False
     label: int | None = None
-
-
-class Pictures:
-    """The pictures below one folder, opened by their relative path.
-
-    It travels to the DataLoader's workers: a subclass that keeps files open leaves them out of its pickled state.
-    """
-
-    def __init__(self, folder: Path, config: CaptionedConfig):
-        self.folder, self.config = folder, config
-
-    def open_picture(self, name: str, least_side: int = 0) -> Tensor:
-        """uint8 (3, H, W); with `least_side` possibly at a fraction of its size, no side below it.
-
-        Raises:
-            UserError: one line, which begins with the file and says what is wrong with it.
-        """
-        return read_rgb(self.folder / name, self.config.max_pixels, least_side)
-
-    def check_picture(self, name: str) -> None:
-        """Raise the UserError of `open_picture`, as far as `data.check` looks."""
-        if self.config.check == "headers":
-            check_header(self.folder / name, str(self.folder / name), self.config.max_pixels)
-        else:
-            self.open_picture(name, 2 * self.config.resolution)
-
-    def sizes(self, name: str) -> list[int]:
-        """Bytes of each file that a sample of this picture is made of, for the fingerprint."""
-        return [(self.folder / name).stat().st_size]
-
-    def control(
-        self, name: str, geometry: Geometry, picture: Callable[[], Tensor], rng: np.random.Generator | None
-    ) -> Tensor | None:
-        """What steers the generation of this picture: float32 (C, R, R) in [0, 1], or None where nothing does.
-
-        geometry: of the picture, to `apply` to what belongs to it. picture: gives the picture, uint8 (3, R, R), after
-        `geometry` and before any jitter; it is read only where this is called. rng: for what training varies; None
-        where nothing is varied.
-        """
-        return None
-
-    def squared(self, name: str, geometry: Geometry) -> Tensor:
-        """The picture as uint8 (3, R, R)."""
-        return geometry.apply(self.open_picture(name, 2 * geometry.side))
 
 
 @dataclass(frozen=True)

@@ -20,18 +20,11 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 
-from datamodules.captioned import (
-    CaptionedConfig,
-    CaptionedDataModule,
-    Contents,
-    Pair,
-    Pictures,
-    Progress,
-    picture_names,
-)
+from datamodules.captioned import CaptionedConfig, CaptionedDataModule, Contents, Pair, Progress, picture_names
 from datamodules.files.control import canny, channels
 from datamodules.files.dicom import DICOM_SUFFIXES, header_size, is_deep, read_deep, read_dicom, read_values
 from datamodules.files.images import Geometry, PictureFolder
+from datamodules.files.pictures import Pictures
 from datamodules.files.tables import Table, drop_bad_rows, read_table
 from medsynth.errors import UserError
 

@@ -20,20 +20,20 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from datamodules.base import derive_seed
 from datamodules.captioned import (
     CaptionedConfig,
     CaptionedDataModule,
     Contents,
     Pair,
-    Pictures,
     Progress,
     TrainingSet,
     picture_names,
 )
 from datamodules.files.images import Geometry
 from datamodules.files.layouts import SPLITS, Entry, read_catalogue
+from datamodules.files.pictures import Pictures
 from datamodules.files.tables import Table, drop_bad_rows
+from datamodules.stream import derive_seed
 from medsynth.errors import UserError
 
 _NAME, _FILEWORDS = "[name]", "[filewords]"

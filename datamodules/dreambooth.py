@@ -15,19 +15,13 @@ from typing import ClassVar, Optional
 
 from torch import Tensor
 
-from datamodules.base import DRAWN_FILE, Drawing, SampleStream, derive_seed, undrawn
-from datamodules.captioned import (
-    CaptionedConfig,
-    CaptionedDataModule,
-    Contents,
-    Pair,
-    Pictures,
-    Progress,
-    TrainingSet,
-)
+from datamodules.batches import DRAWN_FILE, Drawing, undrawn
+from datamodules.captioned import CaptionedConfig, CaptionedDataModule, Contents, Pair, Progress, TrainingSet
 from datamodules.files.images import PictureFolder
 from datamodules.files.layouts import Catalogue, Entry, read_catalogue
+from datamodules.files.pictures import Pictures
 from datamodules.files.tables import Table, drop_bad_rows
+from datamodules.stream import SampleStream, derive_seed
 from medsynth.errors import UserError
 
 _PRIOR = "class pictures:"  # in a picture's name: it lies in the class folder, not in root

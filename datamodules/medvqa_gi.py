@@ -14,13 +14,13 @@ from datamodules.captioned import (
     CaptionedDataModule,
     Contents,
     Pair,
-    Pictures,
     Progress,
     TrainingSet,
     ValidationSet,
     picture_names,
 )
 from datamodules.files.images import PictureFolder
+from datamodules.files.pictures import Pictures
 from datamodules.files.tables import Table, drop_bad_rows, read_table
 from medsynth.errors import UserError
 

@@ -37,13 +37,14 @@ def main(config: tuple[str, ...], out: Path, variants: int, batch_size: int, sha
 
 
 def encode(config, out: Path, variants: int = 1, batch_size: int = 64, shard_rows: int = 1024) -> None:
-    """Write `out` as datamodules/cached.py says, on all processes; shards that are there already are kept.
+    """Write `out` as datamodules/files/latents.py says, on all processes; shards that are there already are kept.
 
     Raises:
         UserError: the method has no latents; weights, data or machine are not sound; `out` holds another cache.
     """
-    from datamodules.base import undrawn
-    from datamodules.cached import TEXT, VALIDATION, CacheWriter, identity, variant_part
+    from datamodules.batches import undrawn
+    from datamodules.cached import identity
+    from datamodules.files.latents import TEXT, VALIDATION, CacheWriter, variant_part
     from jobs.run.folder import build_source
 
     module = _build(config)
@@ -140,7 +141,7 @@ def _write_shards(fabric, writer, rows: dict[str, int], encoders: "_Encoders", d
     from rich.progress import Progress
     from torch.utils.data import DataLoader
 
-    from datamodules.cached import TEXT, cut
+    from datamodules.files.latents import TEXT, cut
 
     shards = [shard for part, length in rows.items() for shard in cut(part, length, writer.plan["shard_rows"])]
     mine = shards[fabric.global_rank :: fabric.world_size]
@@ -177,7 +178,7 @@ class _Pictures:
         return len(self.rows)
 
     def __getitem__(self, place: int) -> tuple[bytes, Any]:
-        from datamodules.cached import VALIDATION, variant_of
+        from datamodules.files.latents import VALIDATION, variant_of
 
         part, index = self.rows[place]
         if part == VALIDATION:

@@ -73,7 +73,7 @@ def _read_prompts(path: Path) -> list[str]:
 
 
 def _words(captions: list[str]) -> _Asked:
-    from datamodules.base import Conditions
+    from datamodules.batches import Conditions
 
     return _Asked(captions, lambda rows: Conditions([captions[i] for i in rows]))
 
@@ -89,7 +89,7 @@ def _draw(draw: Callable, missing: list[int], batch_size: int, seed: int, out: P
     import torch
     from rich.progress import track
 
-    from datamodules.base import derive_seed
+    from datamodules.stream import derive_seed
     from metrics.images import quantise
 
     chunks = [missing[i : i + batch_size] for i in range(0, len(missing), batch_size)]

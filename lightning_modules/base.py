@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from datamodules.base import Conditions, ImageBatch
+from datamodules.batches import Conditions, ImageBatch
 from lightning_modules.parts.optim import OptimConfig, configure_optimizers
 from lightning_modules.parts.weights import Weights
 from medsynth.errors import UserError

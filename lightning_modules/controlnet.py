@@ -13,7 +13,7 @@ from diffusers import ControlNetModel, MultiControlNetModel
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
-from datamodules.base import CONTROL_CHANNELS, Conditions, ImageBatch
+from datamodules.batches import CONTROL_CHANNELS, Conditions, ImageBatch
 from lightning_modules.base import STRATEGIES, Supports, to_image_range
 from lightning_modules.families.latent_diffusion import Context, Noised
 from lightning_modules.families.stable_diffusion import Denoising, DenoisingConfig

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from datamodules.base import ImageBatch
+from datamodules.batches import ImageBatch
 from lightning_modules.families.fine_tuning import FineTuning, FineTuningConfig
 from medsynth.errors import UserError
 

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from datamodules.base import Conditions
+from datamodules.batches import Conditions
 from lightning_modules.base import STRATEGIES, Supports
 from lightning_modules.families.stable_diffusion import Denoising, DenoisingConfig
 from lightning_modules.nets.hypernetwork import ACTIVATIONS, INITIALISATIONS, Hypernetwork, context_widths

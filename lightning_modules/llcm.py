@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from datamodules.base import ImageBatch
+from datamodules.batches import ImageBatch
 from lightning_modules.base import STRATEGIES, Supports
 from lightning_modules.families.latent_diffusion import Context, Denoised, SamplerConfig
 from lightning_modules.families.stable_diffusion import StableDiffusionBase, StableDiffusionBaseConfig

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from datamodules.base import ImageBatch
+from datamodules.batches import ImageBatch
 from lightning_modules.base import STRATEGIES, Supports, to_model_range
 from lightning_modules.families.latent_diffusion import (
     Context,

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
-from datamodules.base import Conditions, ImageBatch
+from datamodules.batches import Conditions, ImageBatch
 from lightning_modules.base import GenerativeModule, Supports, to_image_range, to_model_range
 from lightning_modules.maths.diffusion import SampleRandom
 from lightning_modules.nets.msdm_vae import MSDMVAE, MSDMVQVAE

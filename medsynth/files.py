@@ -1,7 +1,12 @@
-"""Small files that are whole at every moment."""
+"""Files and folders that are whole at every moment."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from medsynth.errors import UserError
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -17,3 +22,24 @@ def write_whole(path: Path, text: str) -> None:
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     beside.write_text(text, encoding="utf-8")
     beside.replace(path)
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """An empty folder beside `out` that takes its name when the block ends, and is removed when the block fails.
+
+    Raises:
+        UserError: `out` exists and is not an empty folder, or something cannot be read or written.
+    """
+    out = out.resolve()
+    try:
+        if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+            raise UserError(f"{out} is there already; choose another --out, or remove it")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
+            folder = Path(scratch) / "set"
+            folder.mkdir()
+            yield folder
+            folder.rename(out)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be read or written ({error}); choose another --out") from error

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -18,28 +19,45 @@ from jobs.run.registry import METHODS, method_class
 from lightning_modules.base import count_parameters
 from tests.conftest import REPOSITORY
 
-ROOMS = ("lightning_modules", "datamodules", "metrics", "callbacks", "jobs")
-# What a room may import of the project, besides itself and the leaf `medsynth`.
+# What a floor may import of the project, besides itself and the leaf `medsynth`. A floor is a folder, or the files that
+# stand at the top of a room; "…/base.py" and its like are a room's contract, which stands on a floor of its own.
+METHOD = ("base", "families", "parts", "maths", "nets")
 ARROWS = {
-    "datamodules": (),
     "metrics": (),
-    "lightning_modules": ("datamodules.base",),
-    "callbacks": ("lightning_modules.base", "metrics", "datamodules.base"),
-    "jobs": ROOMS,
+    "datamodules/files": ("datamodules.batches",),
+    "datamodules/phantoms": ("datamodules.files",),
+    "datamodules": ("datamodules.files",),
+    "lightning_modules/nets": (),
+    "lightning_modules/maths": (),
+    "lightning_modules/parts": ("lightning_modules.nets", "lightning_modules.maths"),
+    "lightning_modules/families": (*(f"lightning_modules.{name}" for name in METHOD), "datamodules.batches"),
+    "lightning_modules": (
+        *(f"lightning_modules.{name}" for name in METHOD), "datamodules.batches", "datamodules.stream"
+    ),
+    "callbacks": (
+        "lightning_modules.base", "metrics", "datamodules.base", "datamodules.batches", "datamodules.stream"
+    ),
+    "jobs/run": ("lightning_modules", "datamodules", "callbacks", "metrics", "jobs.tracking"),
+    "jobs/tracking": (),
+    "jobs/cluster": ("jobs.run",),
+    "jobs/report": ("jobs.run", "jobs.tracking"),
+    "jobs": ("lightning_modules", "datamodules", "callbacks", "metrics", "jobs"),
+}  # fmt: skip
+ROOMS = ("lightning_modules", "datamodules", "metrics", "callbacks", "jobs")
+# Floors that are free of the libraries above them, and what of the outside they may import.
+OUTSIDE = {
+    "lightning_modules/nets": {"torch"},
+    "lightning_modules/maths": {"torch"},
 }
-# Rooms that must stay free of a framework, and what they must not import.
-FREE = {"lightning_modules/nets": ("lightning", "diffusers", "transformers"), "metrics": ("lightning", "diffusers")}
-# What methods share; everything else in lightning_modules is one method.
-SHARED = {"base", "optim", "diffusion", "solvers", "text", "weights", "perceptual", "nets"}
-SHARED |= {"latent_diffusion", "sd", "fine_tuning", "adapters", "image_prompt"}
-# A second stage needs its own first stage.
-STAGES = {("msdm", "msdm_vae")}
+FREE = {"metrics": {"lightning", "diffusers"}}
 CONFIGS = sorted(p.relative_to(REPOSITORY) for p in (REPOSITORY / "configs").rglob("*.yaml"))
 RUNS = [p for p in CONFIGS if not {"hardware", "sweeps"} & set(p.parts)]
+SOURCES = sorted(p.relative_to(REPOSITORY) for room in (*ROOMS, "medsynth") for p in (REPOSITORY / room).rglob("*.py"))
 
 
 def imports(path: Path) -> set[str]:
-    tree = ast.parse(path.read_text())
+    """Every module that a file imports, also inside functions; relative to the repository."""
+    tree = ast.parse((REPOSITORY / path).read_text())
     found = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     return found | {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
 
@@ -48,40 +66,80 @@ def within(module: str, allowed: str) -> bool:
     return module == allowed or module.startswith(allowed + ".")
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_rooms_import_only_along_the_arrows(room):
-    allowed = (room, "medsynth", *ARROWS[room])
+def module_name(path: Path) -> str:
+    return ".".join(path.with_suffix("").parts).removesuffix(".__init__")
+
+
+def of_floor(floor: str) -> list[Path]:
+    return [path for path in SOURCES if path.parent == Path(floor)]
+
+
+def test_every_folder_is_a_floor():
+    assert {str(path.parent) for path in SOURCES} - {"medsynth"} <= set(ARROWS)
+
+
+@pytest.mark.parametrize("floor", ARROWS)
+def test_floors_import_only_along_the_arrows(floor):
+    allowed = (floor.replace("/", "."), "medsynth", *ARROWS[floor])
     wrong = [
-        f"{path.relative_to(REPOSITORY)} imports {module}"
-        for path in (REPOSITORY / room).rglob("*.py")
+        f"{path} imports {module}"
+        for path in of_floor(floor)
         for module in imports(path)
         if module.split(".")[0] in ROOMS and not any(within(module, a) for a in allowed)
     ]
     assert not wrong
 
 
-@pytest.mark.parametrize("room", FREE)
-def test_plain_rooms_stay_plain(room):
-    wrong = [
-        f"{path.name} imports {module}"
-        for path in (REPOSITORY / room).rglob("*.py")
+@pytest.mark.parametrize("floor", OUTSIDE)
+def test_the_mathematics_and_the_networks_need_torch_only(floor):
+    wrong = {
+        f"{path} imports {module}"
+        for path in of_floor(floor)
         for module in imports(path)
-        if module.split(".")[0] in FREE[room]
-    ]
+        if module.split(".")[0] not in {*OUTSIDE[floor], *ROOMS, "medsynth", *sys.stdlib_module_names}
+    }
     assert not wrong
 
 
-def test_the_mathematics_needs_torch_only():
-    assert {m.split(".")[0] for m in imports(REPOSITORY / "lightning_modules/maths/diffusion.py")} == {"torch"}
-    others = {m for m in imports(REPOSITORY / "lightning_modules/maths/solvers.py") if not m.startswith("torch")}
-    assert others == {"collections.abc", "lightning_modules.maths.diffusion"}
+@pytest.mark.parametrize("room", FREE)
+def test_plain_rooms_stay_plain(room):
+    wrong = [f"{path} imports {m}" for path in of_floor(room) for m in imports(path) if m.split(".")[0] in FREE[room]]
+    assert not wrong
 
 
-def test_a_method_never_imports_another():
-    for path in (REPOSITORY / "lightning_modules").glob("*.py"):
-        own = {m.split(".")[1] for m in imports(path) if m.startswith("lightning_modules.")}
-        others = {(path.stem, name) for name in own - SHARED - {path.stem}}
-        assert others <= STAGES, path.name
+def test_a_method_never_imports_another_but_its_own_first_stage():
+    """The files at the top of lightning_modules are the methods and their contract; a first stage has its second's name
+    before its own, as msdm_vae has msdm's."""
+    for path in of_floor("lightning_modules"):
+        others = {m.split(".")[1] for m in imports(path) if m.startswith("lightning_modules.")}
+        others &= {other.stem for other in of_floor("lightning_modules")} - {"base", path.stem}
+        assert all(other.startswith(f"{path.stem}_") for other in others), path
+
+
+def test_the_contract_knows_no_method():
+    allowed = ("lightning_modules.parts", "datamodules.batches", "medsynth")
+    for module in imports(Path("lightning_modules/base.py")):
+        assert module.split(".")[0] not in ROOMS or any(within(module, a) for a in allowed), module
+
+
+def test_nothing_runs_in_a_circle():
+    """Over what is imported when a module is: what a function imports when it is called closes no circle."""
+    graph = {}
+    names = {module_name(path) for path in SOURCES}
+    for path in SOURCES:
+        tree = ast.parse((REPOSITORY / path).read_text())
+        top = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module in names]
+        graph[module_name(path)] = {node.module for node in top}
+    try:
+        list(TopologicalSorter(graph).static_order())
+    except CycleError as circle:
+        pytest.fail(f"{' -> '.join(circle.args[1])}")
+
+
+def test_the_tests_mirror_the_rooms():
+    for path in (REPOSITORY / "tests").iterdir():
+        if path.is_dir() and (path / "__init__.py").exists():
+            assert path.name in (*ROOMS, "cluster"), path
 
 
 @pytest.mark.parametrize("path", RUNS, ids=str)

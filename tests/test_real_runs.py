@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from datamodules.base import collate
+from datamodules.batches import collate
 from jobs.run.config import load_config
 from jobs.run.folder import build_data, build_module
 from jobs.train import train

@@ -1,6 +1,6 @@
 """Pictures that steer a generation, as channels of `Conditions.control`: which channel is what, and edge maps.
 
-`data.controls` names the kinds (`datamodules.base.CONTROL_CHANNELS`) in the order in which their channels stand.
+`data.controls` names the kinds (`datamodules.batches.CONTROL_CHANNELS`) in the order in which their channels stand.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datamodules.base import CONTROL_CHANNELS
+from datamodules.batches import CONTROL_CHANNELS
 from medsynth.errors import UserError
 
 

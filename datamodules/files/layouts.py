@@ -23,8 +23,8 @@ from typing import Any
 from datamodules.files.images import PictureFolder
 from datamodules.files.shards import Shards
 from datamodules.files.tables import Table, read_table
-from datamodules.phantoms.drawing import new_folder
 from medsynth.errors import UserError
+from medsynth.files import new_folder
 
 METADATA_FILE, EXTRA_FILE = "metadata.csv", "extra.jsonl"
 SPLITS = ("train", "validation", "test")

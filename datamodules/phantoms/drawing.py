@@ -5,16 +5,15 @@ A set comes onto the disk whole or not at all, and never twice.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from medsynth.errors import UserError
+from medsynth.files import new_folder
 
 Array = NDArray[np.float32]
 
@@ -87,27 +86,6 @@ def write_once(out: Path, recipe: dict[str, Any], files: Sequence[str], fill: Ca
         fill(folder)
         (folder / RECIPE_FILE).write_text(text, encoding="utf-8")
     return True
-
-
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """An empty folder beside `out` that takes its name when the block ends, and is removed when the block fails.
-
-    Raises:
-        UserError: `out` exists and is not an empty folder, or something cannot be read or written.
-    """
-    out = out.resolve()
-    try:
-        if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-            raise UserError(f"{out} is there already; choose another --out, or remove it")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
-            folder = Path(scratch) / "set"
-            folder.mkdir()
-            yield folder
-            folder.rename(out)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be read or written ({error}); choose another --out") from error
 
 
 def _holds(out: Path, text: str, files: Sequence[str]) -> bool:

@@ -17,7 +17,8 @@ from rich.progress import Progress
 from callbacks.checkpoint import DurableCheckpointIO, newest_verified
 from callbacks.ema import load_ema_weights
 from datamodules.base import ImageDataModule
-from datamodules.cached import Cache, CachedLatents
+from datamodules.cached import CachedLatents
+from datamodules.files.latents import Cache
 from jobs.run.config import accumulation, instantiate, load_config, to_yaml
 from jobs.run.registry import data_class, method_class
 from lightning_modules.base import GenerativeModule

@@ -6,7 +6,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from datamodules.base import ImageDataModule, collate
+from datamodules.base import ImageDataModule
+from datamodules.batches import collate
 from jobs.run.config import accumulation
 from jobs.run.registry import METHODS
 from lightning_modules.base import GenerativeModule, count_parameters

@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler,
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from datamodules.base import Conditions, ImageBatch
+from datamodules.batches import Conditions, ImageBatch
 from lightning_modules.base import GenerativeModule, to_image_range
 from lightning_modules.maths.diffusion import (
     SampleRandom,

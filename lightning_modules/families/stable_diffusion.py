@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
-from datamodules.base import ImageBatch
+from datamodules.batches import ImageBatch
 from lightning_modules.base import to_model_range
 from lightning_modules.families.latent_diffusion import (
     Context,

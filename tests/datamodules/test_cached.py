@@ -17,8 +17,11 @@ from omegaconf import OmegaConf
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from datamodules.base import Conditions, ImageDataModule, collate, derive_seed, undrawn
-from datamodules.cached import Cache, CachedLatents, CacheWriter, cut
+from datamodules.base import ImageDataModule
+from datamodules.batches import Conditions, collate, undrawn
+from datamodules.cached import CachedLatents
+from datamodules.files.latents import Cache, CacheWriter, cut
+from datamodules.stream import derive_seed
 from jobs.encode import encode
 from jobs.run.config import load_config
 from jobs.run.folder import build_data, build_module, build_source, load_run, use_cache

@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import InterpolationMode
 
-from datamodules.base import Sample, collate
-from datamodules.captioned import CaptionedConfig, CaptionedDataModule, Contents, Pair, Pictures
+from datamodules.batches import Sample, collate
+from datamodules.captioned import CaptionedConfig, CaptionedDataModule, Contents, Pair
 from datamodules.files.images import Geometry, random_flips
+from datamodules.files.pictures import Pictures
 from medsynth.errors import UserError
 
 

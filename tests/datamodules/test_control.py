@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import datamodules.files.control
-from datamodules.base import CONTROL_CHANNELS
+from datamodules.batches import CONTROL_CHANNELS
 from datamodules.files.control import canny, channels
 from medsynth.errors import UserError
 

@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import InterpolationMode
 
-from datamodules.base import StreamBatchSampler, StreamLoader
 from datamodules.captioned import TrainingSet
 from datamodules.cytology import AffineGeometry, Cytology, CytologyConfig
 from datamodules.files.images import Geometry
+from datamodules.stream import StreamBatchSampler, StreamLoader
 from medsynth.errors import UserError
 
 BLOOD_CELLS = Path(__file__).parents[3] / "shared" / "data" / "blood-cells"

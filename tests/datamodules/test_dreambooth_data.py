@@ -6,8 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
-from datamodules.base import DRAWN_FILE, StreamBatchSampler, collate, undrawn
+from datamodules.batches import DRAWN_FILE, collate, undrawn
 from datamodules.dreambooth import AlternatingStream, DreamBoothConfig, DreamBoothData
+from datamodules.stream import StreamBatchSampler
 from medsynth.errors import UserError
 from tests.class_folders import write_classes, write_pictures
 

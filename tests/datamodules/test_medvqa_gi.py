@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
-from datamodules.base import StreamBatchSampler, StreamLoader
 from datamodules.files.images import crop_square, jitter, pad_square, read_rgb
 from datamodules.files.tables import read_table
 from datamodules.medvqa_gi import MedVQAGI, MedVQAGIConfig
+from datamodules.stream import StreamBatchSampler, StreamLoader
 from medsynth.errors import UserError
 
 COLONOSCOPY = Path(__file__).parents[3] / "shared" / "data" / "colonoscopy"

@@ -8,18 +8,9 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from datamodules.base import (
-    Conditions,
-    DataConfig,
-    EvaluationSampler,
-    ImageBatch,
-    ImageDataModule,
-    SampleStream,
-    StreamBatchSampler,
-    StreamLoader,
-    collate,
-    derive_seed,
-)
+from datamodules.base import DataConfig, ImageDataModule
+from datamodules.batches import Conditions, ImageBatch, collate
+from datamodules.stream import EvaluationSampler, SampleStream, StreamBatchSampler, StreamLoader, derive_seed
 
 
 class Positions(Dataset):

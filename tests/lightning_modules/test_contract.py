@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from callbacks.ema import EMA, EMAConfig
-from datamodules.base import Conditions, ImageBatch, collate
+from datamodules.batches import Conditions, ImageBatch, collate
 from jobs.run.config import load_config
 from jobs.run.folder import build_data, build_module, load_weights
 from jobs.train import train

@@ -20,8 +20,9 @@ from transformers import (
 )
 
 from callbacks.samples import draw_grid
-from datamodules.base import Conditions, ImageBatch, derive_seed
+from datamodules.batches import Conditions, ImageBatch
 from datamodules.phantoms.chest import write_chest
+from datamodules.stream import derive_seed
 from jobs.run.config import load_config
 from jobs.train import train
 from lightning_modules.base import to_image_range

@@ -15,7 +15,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from callbacks.class_pictures import draw_missing
-from datamodules.base import DRAWN_FILE, Conditions, Drawing, ImageBatch, derive_seed
+from datamodules.batches import DRAWN_FILE, Conditions, Drawing, ImageBatch
+from datamodules.stream import derive_seed
 from jobs.encode import encode
 from jobs.run.config import load_config
 from jobs.run.folder import build_data, build_module, build_source

@@ -10,7 +10,8 @@ from diffusers import StableDiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
-from datamodules.base import Conditions, ImageBatch, ImageDataModule, collate
+from datamodules.base import ImageDataModule
+from datamodules.batches import Conditions, ImageBatch, collate
 from jobs.run.config import load_config
 from jobs.run.folder import build_data, build_module
 from jobs.train import train

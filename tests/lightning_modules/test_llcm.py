@@ -7,7 +7,7 @@ import torch
 from diffusers import DDIMScheduler, LatentConsistencyModelPipeline, LCMScheduler, StableDiffusionPipeline
 from torch import Tensor
 
-from datamodules.base import Conditions
+from datamodules.batches import Conditions
 from jobs.run.config import load_config
 from jobs.run.folder import build_module
 from jobs.train import train

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from diffusers import DDIMScheduler, DDPMScheduler
 from safetensors.torch import load_file
 
-from datamodules.base import Conditions, ImageBatch
+from datamodules.batches import Conditions, ImageBatch
 from lightning_modules.families.latent_diffusion import SamplerConfig
 from lightning_modules.maths import diffusion
 from lightning_modules.msdm import MSDM, MSDMConfig, UNetConfig

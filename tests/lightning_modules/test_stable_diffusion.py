@@ -11,7 +11,8 @@ from diffusers import DDPMScheduler, PriorTransformer, StableDiffusionPipeline
 from diffusers.training_utils import compute_snr
 from torch import Tensor
 
-from datamodules.base import Conditions, ImageBatch, derive_seed
+from datamodules.batches import Conditions, ImageBatch
+from datamodules.stream import derive_seed
 from jobs.run.config import load_config
 from jobs.run.folder import build_module
 from jobs.train import train

@@ -12,11 +12,11 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from callbacks.evaluation import Evaluation, EvaluationConfig
-from datamodules.base import derive_seed
 from datamodules.chest_xray import ChestXRay, ChestXRayConfig
 from datamodules.medvqa_gi import MedVQAGI, MedVQAGIConfig
 from datamodules.phantoms.chest import write_chest
 from datamodules.phantoms.colonoscopy import write_colonoscopy
+from datamodules.stream import derive_seed
 from medsynth.errors import UserError
 from metrics.images import quantise
 from metrics.paired import PairedSimilarity

@@ -1,0 +1,116 @@
+"""The resumable order of samples.
+
+A run's order is one endless stream of samples: position p belongs to pass p // n and is the (p mod n)-th sample of
+that pass's permutation. Order, augmentation and training noise are functions of (seed, position), never of the process:
+whoever draws position p gets the same picture, prompt and noise, on one process or on eight, before a restart or after.
+"""
+
+import hashlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from datamodules.batches import collate
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A 63-bit seed that is a fixed function of `parts`, for instance `(run seed, "noise", position)`."""
+    plain = tuple(part if isinstance(part, str) else int(part) for part in parts)  # NumPy's integers print otherwise
+    digest = hashlib.blake2b(repr(plain).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+class SampleStream:
+    """The endless shuffled stream over a data set of `length` samples: stream position -> (pass, index).
+
+    Each pass is one permutation, drawn from (seed, pass), so that every index comes exactly once a pass.
+    """
+
+    def __init__(self, length: int, seed: int):
+        self.length, self.seed = length, seed
+        self._permutations: dict[int, Tensor] = {}
+
+    def __call__(self, position: int) -> tuple[int, int]:
+        epoch, offset = divmod(position, self.length)
+        if epoch not in self._permutations:
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", epoch))
+            # A batch spans at most two passes unless the set is smaller than the batch: keep only the newest few.
+            self._permutations = {e: p for e, p in self._permutations.items() if e >= epoch - 1}
+            self._permutations[epoch] = torch.randperm(self.length, generator=generator)
+        return epoch, int(self._permutations[epoch][offset])
+
+
+class StreamBatchSampler(Sampler[list[int]]):
+    """Stream positions of one process's micro-batches.
+
+    Optimizer step s trains on positions [s·G, (s+1)·G), G = batch_size · accumulate · world_size, whatever the number
+    of processes; a pass that does not divide by G runs on into the next, so no sample is dropped or repeated.
+    An epoch is max(1, length // G) steps and starts at `position`.
+    """
+
+    def __init__(self, length: int, batch_size: int, accumulate: int = 1, rank: int = 0, world_size: int = 1):
+        self.batch_size, self.accumulate, self.rank, self.world_size = (
+            batch_size,
+            accumulate,
+            rank,
+            world_size,
+        )
+        self.global_batch_size = batch_size * accumulate * world_size
+        self.steps_per_epoch = max(1, length // self.global_batch_size)
+        self.position = 0
+
+    def __len__(self) -> int:
+        return self.steps_per_epoch * self.accumulate
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for micro in range(len(self)):
+            first = self.position + (micro * self.world_size + self.rank) * self.batch_size
+            yield list(range(first, first + self.batch_size))
+
+
+class StreamLoader(DataLoader):
+    """A DataLoader over the stream that knows how far training has come, prefetching aside."""
+
+    def __init__(self, dataset: Dataset, sampler: StreamBatchSampler, **kwargs):
+        super().__init__(dataset, batch_sampler=sampler, collate_fn=collate, **kwargs)
+        self._stream = sampler
+        self._taken = 0  # micro-batches handed out since `_stream.position`
+
+    @property
+    def position(self) -> int:
+        """Samples of the stream that whole optimizer steps have consumed."""
+        return self._stream.position + self._taken // self._stream.accumulate * self._stream.global_batch_size
+
+    def __iter__(self):
+        self._stream.position, self._taken = self.position, 0
+        for batch in super().__iter__():
+            self._taken += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """What tells Lightning that a resume inside an epoch is sound."""
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._stream.position, self._taken = state["position"], 0
+
+
+class EvaluationSampler(Sampler[list[int]]):
+    """Batches of the indices 0 … length-1 in order, dealt out to the processes in turn.
+
+    Every process gets the same number of batches, as sharded models need. Those beyond the end hold the index -1:
+    padding, which `ImageBatch.seeds` marks and no average counts.
+    """
+
+    def __init__(self, length: int, batch_size: int, rank: int = 0, world_size: int = 1):
+        self.length, self.batch_size, self.rank, self.world_size = length, batch_size, rank, world_size
+
+    def __len__(self) -> int:
+        return -(-self.length // (self.batch_size * self.world_size))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for turn in range(len(self)):
+            first = (turn * self.world_size + self.rank) * self.batch_size
+            yield list(range(first, min(first + self.batch_size, self.length))) or [-1]
