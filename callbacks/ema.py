@@ -44,8 +44,8 @@ class EMA(L.Callback):
 
     from the weights that training starts with. A step is a batch after which the optimizers have moved: accumulated
     micro-batches count once, and so do the two optimizers of an adversarial method. Buffers are not averaged: running
-    statistics are averages already, and counters must stay integers. A validation uses the live buffers, and a saved
-    average carries their current values.
+    statistics are averages already, and counters must stay integers. A validation uses the live buffers, as the
+    module's `after_swap` mends them for the average, and a saved average carries the live ones' current values.
 
     The average stands in the live parameters from `on_validation_start` to `on_validation_end`. Lightning calls
     checkpoint callbacks last, so they save the live weights; any other callback that saves must be listed after this
@@ -65,6 +65,8 @@ class EMA(L.Callback):
         self._publish: Callable[[], None] = _nothing
         self._shadow: dict[str, Tensor] = {}  # without the names whose average stands in the live parameter
         self._kept: dict[str, Tensor] = {}  # live values while the average stands in their place
+        self._kept_buffers: dict[str, Tensor] = {}  # likewise, of the buffers that `after_swap` may mend
+        self._mend: Callable[[], None] = _nothing
         self._saved: Mapping[str, Tensor] | None = None  # loaded, before there are parameters
 
     def averaged_state(self) -> dict[str, Tensor]:
@@ -133,6 +135,7 @@ class EMA(L.Callback):
     @torch.no_grad()
     def _attach(self, trainer: L.Trainer, module: "GenerativeModule") -> None:
         self._trained = nn.ModuleDict(module.trainable_modules())
+        self._mend = module.after_swap
         self._live = trained_parameters(module)
         if isinstance(trainer.strategy, Sharded):
             self._held = {name: trainer.strategy.held(live) for name, live in self._live.items()}
@@ -174,6 +177,8 @@ class EMA(L.Callback):
             if live.dtype == torch.float32:
                 del self._shadow[name]
         self._publish()
+        self._kept_buffers = {name: buffer.clone() for name, buffer in self._trained.named_buffers()}
+        self._mend()
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -184,6 +189,10 @@ class EMA(L.Callback):
                 self._shadow[name] = live.clone()
             live.copy_(kept)
         self._kept.clear()
+        buffers = dict(self._trained.named_buffers())
+        for name, kept in self._kept_buffers.items():
+            buffers[name].copy_(kept)
+        self._kept_buffers.clear()
 
 
 def load_ema_weights(module: "GenerativeModule", state: Mapping[str, Any]) -> None:
@@ -196,6 +205,8 @@ def load_ema_weights(module: "GenerativeModule", state: Mapping[str, Any]) -> No
     """
     trained = nn.ModuleDict(module.trainable_modules())
     _fill({**trained_parameters(module), **_persistent_buffers(trained)}, state["shadow"])
+    with torch.no_grad():
+        module.after_swap()
 
 
 def _nothing() -> None:

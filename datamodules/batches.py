@@ -68,7 +68,9 @@ class ImageBatch(_Rows):
     seeds: int64 (n,), always on the CPU: everything random about training on this sample (noise, time step) is drawn
         from its own seed; -1 marks padding, which no average counts.
     is_prior: bool (n,): True for class pictures of a prior-preservation loss.
-    latents: float32 (n, 2C, h, w): posterior mean and log-variance of a frozen encoder, or None.
+    picture_ids: int64 (n,): the identity of each picture, by which samples of one picture are known, or None.
+    latents: float32 (n, 2C, …): posterior mean and log-variance of a frozen encoder, or None.
+    image_embeddings: float32 (n, D) that a frozen image encoder made of the same augmented pictures, or None.
     text_embeddings: float32 (n, L, D) of a frozen text encoder, or None.
     text_mask: bool (n, L), True on the real tokens of `text_embeddings`, or None.
     """
@@ -77,7 +79,9 @@ class ImageBatch(_Rows):
     conditions: Conditions
     seeds: Tensor
     is_prior: Tensor
+    picture_ids: Tensor | None = None
     latents: Tensor | None = None
+    image_embeddings: Tensor | None = None
     text_embeddings: Tensor | None = None
     text_mask: Tensor | None = None
 
@@ -98,6 +102,7 @@ class Sample:
     control: float32 (C, R, R) in [0, 1], of the picture's own geometry, or None.
     is_prior: a class picture of a prior-preservation loss.
     label: class index, or None where the data set has no classes.
+    picture_id: the picture's identity, in [0, 2^63), whatever its crop and caption; None where it is not known.
     """
 
     picture: Tensor | None
@@ -105,6 +110,7 @@ class Sample:
     control: Tensor | None = None
     is_prior: bool = False
     label: int | None = None
+    picture_id: int | None = None
 
     def row(self, seed: int) -> ImageBatch:
         """A batch of this one sample, whose noise is drawn from `seed`."""
@@ -117,6 +123,7 @@ class Sample:
             ),
             seeds=torch.tensor([seed]),
             is_prior=torch.tensor([self.is_prior]),
+            picture_ids=None if self.picture_id is None else torch.tensor([self.picture_id]),
         )
 
 

@@ -1,7 +1,7 @@
 """A data set whose batches hold what frozen encoders computed once (see `files.latents`), in the place of pictures."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -18,21 +18,21 @@ FORMAT = 1
 _IRRELEVANT = {"root", "workers", "latents", "on_bad", "check", "max_pixels", "test_prompts", "class_folder"}
 
 
-def identity(data: ImageDataModule, encoder: str, text: str | None) -> dict[str, Any]:
+def identity(data: ImageDataModule, digests: Mapping[str, str | None]) -> dict[str, Any]:
     """What the contents of a cache depend on, the most telling first, as JSON values.
 
-    encoder, text: the module's `encoder_digest()` and `text_digest()`.
+    digests: the module's `digests()`.
     """
     config = {f"data.{key}": value for key, value in asdict(data.config).items() if key not in _IRRELEVANT}
-    depends = {"format": FORMAT, **config, "seed": data.seed, "encoder": encoder, "text": text}
+    depends = {"format": FORMAT, **config, "seed": data.seed, **digests}
     return json.loads(json.dumps(depends | {"data": data.fingerprint()}))
 
 
 class CachedLatents(ImageDataModule):
     """`source` with latents and text instead of pictures in its batches; all else is the source's own."""
 
-    def __init__(self, source: ImageDataModule, cache: Cache, encoder: str, text: str | None):
-        """encoder, text: digests of the encoders that training would use, see `identity`.
+    def __init__(self, source: ImageDataModule, cache: Cache, digests: Mapping[str, str | None]):
+        """digests: of the encoders that training would use, see `identity`.
 
         Raises:
             UserError: the cache is one of other encoders, data or transform.
@@ -40,9 +40,9 @@ class CachedLatents(ImageDataModule):
         super().__init__(source.config, source.seed, source.batch_size, source.accumulate)
         # Lightning files a DataModule's state under its class name: so a run goes on with a cache or without.
         self.__class__ = type(type(source).__qualname__, (CachedLatents,), {})
-        cache.require(identity(source, encoder, text))
+        cache.require(identity(source, digests))
         self.source, self.cache = source, cache
-        self._text = cache.text() if text else None
+        self._text = cache.text() if digests["text"] else None
         if self._text:
             self._text.require(source.all_captions())
         self._verified = False
@@ -101,7 +101,7 @@ class _CachedTraining(Dataset):
         pass_, index = self.stream(position)
         variant = pass_ % len(self.variants)
         row = self.source.without_picture(variant, index).row(derive_seed(self.seed, "noise", position))
-        return _filled(row, self.variants[variant].moments(index), self.text)
+        return _filled(row, self.variants[variant].encoded(index), self.text)
 
 
 class _CachedValidation(Dataset):
@@ -113,9 +113,12 @@ class _CachedValidation(Dataset):
 
     def __getitem__(self, index: int) -> ImageBatch:
         row = self.source.without_picture(index).row(self.source.noise_seed(index))
-        return _filled(row, self.latents.moments(index % len(self)), self.text)
+        return _filled(row, self.latents.encoded(index % len(self)), self.text)
 
 
-def _filled(row: ImageBatch, moments: Tensor, text: CachedText | None) -> ImageBatch:
+def _filled(row: ImageBatch, encoded: dict[str, Tensor], text: CachedText | None) -> ImageBatch:
     embeddings, mask = text(row.conditions.captions) if text else (None, None)
-    return replace(row, latents=moments[None], text_embeddings=embeddings, text_mask=mask)
+    image = encoded["image_embeddings"][None] if "image_embeddings" in encoded else None
+    return replace(
+        row, latents=encoded["moments"][None], image_embeddings=image, text_embeddings=embeddings, text_mask=mask
+    )

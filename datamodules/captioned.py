@@ -100,13 +100,17 @@ class Pair:
     is_prior: bool = False
     label: int | None = None
 
+    def sample(self, picture: Tensor | None, caption: str, control: Tensor | None) -> Sample:
+        """The pair as it is shown this time."""
+        return Sample(picture, caption, control, self.is_prior, self.label, derive_seed("picture", self.picture))
+
 
 @dataclass(frozen=True)
 class Contents:
     """What `check` found.
 
     train, val: pairs by split. pictures: what opens them. summary: counts by plain names. evaluation: prompts that
-    evaluation asks for instead of those of `val`.
+    evaluation asks for instead of those of `val`. classes: the name of each label, where pairs have labels.
     """
 
     train: list[Pair]
@@ -114,6 +118,7 @@ class Contents:
     pictures: Pictures
     summary: dict[str, int]
     evaluation: list[str] | None = None
+    classes: list[str] | None = None
 
 
 class CaptionedDataModule(ImageDataModule):
@@ -215,9 +220,10 @@ class CaptionedDataModule(ImageDataModule):
         return sorted(worded.union(self._contents.evaluation or (), [""]))
 
     def write_split(self, run_dir: str) -> None:
-        """Write `split.json`: the seed and the sorted names of the pictures that train and that validate."""
+        """Write `split.json`: the seed, the sorted names of the pictures that train and that validate, the classes."""
         found = self._contents
         split = {"seed": self.seed, "train": picture_names(found.train), "val": picture_names(found.val)}
+        split |= {"classes": found.classes} if found.classes else {}
         write_whole(Path(run_dir) / "split.json", json.dumps(split, indent=1) + "\n")
 
     @property
@@ -304,14 +310,14 @@ class TrainingSet(_CaptionedSet):
         square = self.pictures.squared(pair.picture, geometry)
         control = self._control(pass_, index, geometry, lambda: square)
         picture = jitter(square.float() / 255, rng, config.brightness, config.contrast, config.saturation)
-        return Sample(picture, caption, control, pair.is_prior, pair.label)
+        return pair.sample(picture, caption, control)
 
     def without_picture(self, pass_: int, index: int) -> Sample:
         """`sample` with the picture None; it is read only where the control needs it."""
         pair = self.pairs[index]
         caption, geometry, _ = self._draw(pass_, index)
         read = cache(partial(self.pictures.squared, pair.picture, geometry))
-        return Sample(None, caption, self._control(pass_, index, geometry, read), pair.is_prior, pair.label)
+        return pair.sample(None, caption, self._control(pass_, index, geometry, read))
 
     def _draw(self, pass_: int, index: int) -> tuple[str, Geometry, np.random.Generator]:
         """Caption and geometry, and the generator that draws the rest."""
@@ -341,14 +347,14 @@ class ValidationSet(_CaptionedSet):
         pair, geometry = self.pairs[index], Geometry(self.config.resolution, self.config.square)
         square = self.pictures.squared(pair.picture, geometry)
         control = self.pictures.control(pair.picture, geometry, lambda: square, None)
-        return Sample(square.float() / 255, pair.prompt, control, pair.is_prior, pair.label)
+        return pair.sample(square.float() / 255, pair.prompt, control)
 
     def without_picture(self, index: int) -> Sample:
         """`sample` with the picture None; it is read only where the control needs it."""
         pair, geometry = self.pairs[index], Geometry(self.config.resolution, self.config.square)
         read = cache(partial(self.pictures.squared, pair.picture, geometry))
         control = self.pictures.control(pair.picture, geometry, read, None)
-        return Sample(None, pair.prompt, control, pair.is_prior, pair.label)
+        return pair.sample(None, pair.prompt, control)
 
     def noise_seed(self, index: int) -> int:
         """The seed of sample `index`; -1 for padding."""

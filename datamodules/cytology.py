@@ -114,7 +114,7 @@ class Cytology(CaptionedDataModule):
             "test pictures": len(test),
             "skipped samples": skipped,
         }
-        return Contents(train, val, pictures, summary)
+        return Contents(train, val, pictures, summary, classes=classes)
 
     def _caption(self, table: Table) -> None:
         """Make each entry's text its caption; an entry whose .txt cannot be read is rejected."""

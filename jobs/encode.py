@@ -49,20 +49,20 @@ def encode(config, out: Path, variants: int = 1, batch_size: int = 64, shard_row
 
     module = _build(config)
     data, _ = build_source(config)
-    encoder, text = module.encoder_digest(), module.text_digest()
+    digests = module.digests()
     shared = {"shard_rows": shard_rows, "precision": config.hardware.precision}
     if not undrawn(data.to_draw()):
-        CacheWriter(out, identity(data, encoder, text) | shared)  # refuse before other processes are started
+        CacheWriter(out, identity(data, digests) | shared)  # refuse before other processes are started
     fabric = _launch(config.hardware)
     _draw(fabric, module.to(fabric.device).eval(), data, config.evaluation.batch_size)
-    writer = CacheWriter(out, identity(data, encoder, text) | shared)
+    writer = CacheWriter(out, identity(data, digests) | shared)
     if fabric.is_global_zero:
         writer.begin()
     fabric.barrier()
 
     rows = {variant_part(k): len(data.training_set()) for k in range(variants)}
     rows[VALIDATION] = len(data.validation_set())
-    captions = [] if text is None else data.all_captions()
+    captions = [] if digests["text"] is None else data.all_captions()
     rows |= {TEXT: len(captions)} if captions else {}
     _write_shards(fabric, writer, rows, _Encoders(module, fabric.autocast, batch_size), data, captions)
     fabric.barrier()
@@ -157,7 +157,7 @@ def _write_shards(fabric, writer, rows: dict[str, int], encoders: "_Encoders", d
                 writer.write(shard, encoders.text(shown), captions=shown)
             else:
                 own = islice(stream, len(shard.rows))
-                writer.write(shard, encoders.moments(_counted(own, partial(progress.advance, task))))
+                writer.write(shard, encoders.pictures(_counted(own, partial(progress.advance, task))))
             progress.update(task, completed=writer.finished_rows(shards))  # the other processes' as well
 
 
@@ -195,12 +195,13 @@ class _Encoders:
     def __init__(self, module, autocast, batch_size: int):
         self.module, self.autocast, self.batch_size = module, autocast, batch_size
 
-    def moments(self, pictures: Iterable[tuple[bytes, Any]]) -> dict[str, Any]:
-        """`moments` and `row` of pictures with their digests; each distinct picture is encoded once."""
+    def pictures(self, pictures: Iterable[tuple[bytes, Any]]) -> dict[str, Any]:
+        """`moments`, `row` and, where the method has them, `image_embeddings` of pictures with their digests; each
+        distinct picture is encoded once."""
         import torch
 
         places: dict[bytes, int] = {}
-        row, waiting, encoded = [], [], []
+        row, waiting, encoded = [], [], []  # the last: tensors by name, a batch each
         for digest, picture in pictures:
             if digest not in places:
                 places[digest] = len(places)
@@ -211,7 +212,8 @@ class _Encoders:
                 waiting = []
         if waiting:
             encoded.append(self._encode(waiting))
-        return {"moments": torch.cat(encoded), "row": torch.tensor(row)}
+        whole = {name: torch.cat([batch[name] for batch in encoded]) for name in encoded[0]}
+        return whole | {"row": torch.tensor(row)}
 
     def text(self, captions: list[str]) -> dict[str, Any]:
         """`embeddings` and `mask` of captions."""
@@ -228,8 +230,10 @@ class _Encoders:
     def _encode(self, pictures: list):
         import torch
 
+        images = torch.stack(pictures).to(self.module.device)
         with torch.no_grad(), self.autocast():
-            return self.module.encode_moments(torch.stack(pictures).to(self.module.device)).float().cpu()
+            made = {"moments": self.module.encode_moments(images), "image_embeddings": self.module.embed_images(images)}
+        return {name: tensor.float().cpu() for name, tensor in made.items() if tensor is not None}
 
 
 if __name__ == "__main__":

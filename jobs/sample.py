@@ -13,7 +13,8 @@ from medsynth.errors import UserError
 @click.argument("run_dir", metavar="RUN", type=click.Path(path_type=Path))
 @click.option("--prompts", type=click.Path(path_type=Path), help="CSV file with a column Prompt; one picture a row.")
 @click.option("--prompt", help="One prompt, for --count pictures.")
-@click.option("--count", type=click.IntRange(1), default=1, show_default=True, help="Pictures of --prompt.")
+@click.option("--labels", help="Classes, by name or number, with commas between; --count pictures of each.")
+@click.option("--count", type=click.IntRange(1), default=1, show_default=True, help="Pictures of --prompt or a class.")
 @click.option("--validation", type=click.IntRange(1), help="Pictures for prompts and controls of the validation split.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the pictures, 000000.png on.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Fixes the noise of every picture.")
@@ -25,27 +26,30 @@ from medsynth.errors import UserError
 )
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1 …")
 def main(
-    run_dir: Path, prompts: Path | None, prompt: str | None, count: int, validation: int | None, out: Path, seed: int,
-    steps: int | None, guidance: float | None, batch_size: int, checkpoint: str, device: str,
+    run_dir: Path, prompts: Path | None, prompt: str | None, labels: str | None, count: int, validation: int | None,
+    out: Path, seed: int, steps: int | None, guidance: float | None, batch_size: int, checkpoint: str, device: str,
 ) -> None:  # fmt: skip
-    """Draw pictures of prompts: each row of a CSV file, one prompt several times, or those that the run validates with.
+    """Draw pictures of prompts: each row of a CSV file, one prompt several times, or those that the run validates with;
+    or of classes.
 
     RUN is the directory of a training run. What a ControlNet is steered by comes with --validation. Pictures are PNG
-    files that say in their text fields which prompt, seed and method made them, and that they are synthetic. Pictures
-    that exist are kept, so an interrupted call can be repeated.
+    files that say in their text fields which prompt or class, seed and method made them, and that they are synthetic.
+    Pictures that exist are kept, so an interrupted call can be repeated.
     """
-    if sum(given is not None for given in (prompts, prompt, validation)) != 1:
-        raise UserError("give one of --prompts FILE, --prompt TEXT and --validation COUNT")
+    if sum(given is not None for given in (prompts, prompt, labels, validation)) != 1:
+        raise UserError("give one of --prompts FILE, --prompt TEXT, --labels NAMES and --validation COUNT")
     from jobs.run.folder import load_run, pick_device
 
     listed = None if prompts is None else _read_prompts(prompts)
     module, config = load_run(run_dir, checkpoint)
-    if "captions" not in module.supports.conditions:
-        raise UserError(f"{run_dir}: {config.method} draws no pictures for prompts")
+    _require(module, "labels" if labels else "captions", validation, f"{run_dir}: {config.method}")
+    if validation:
+        asked = _validation(config, validation)
+    else:
+        asked = _classes(run_dir, labels, count) if labels else _words(listed or [prompt] * count)
     module.to(pick_device(device))
-    asked = _validation(config, validation) if validation else _words(listed or [prompt] * count)
     facts = {"method": config.method, "steps": str(steps or "default"), "guidance": str(guidance or "default")}
-    texts = [facts | {"prompt": caption, "seed": str(seed), "row": str(i)} for i, caption in enumerate(asked.captions)]
+    texts = [facts | said | {"seed": str(seed), "row": str(i)} for i, said in enumerate(asked.texts)]
     missing = [i for i, text in enumerate(texts) if not _exists(out / f"{i:06d}.png", text)]
     out.mkdir(parents=True, exist_ok=True)
     click.echo(f"{len(texts) - len(missing)} of {len(texts)} pictures are there already")
@@ -58,10 +62,19 @@ def main(
 
 
 class _Asked(NamedTuple):
-    """The caption of each picture, and row numbers -> their `Conditions`: controls are read by the batch."""
+    """What each picture is to show, by name, and row numbers -> their `Conditions`, which are read by the batch."""
 
-    captions: list[str]
+    texts: list[dict[str, str]]
     rows: Callable
+
+
+def _require(module, kind: str, validation: int | None, who: str) -> None:
+    """Raise UserError unless the method draws for conditions of that kind, or for some where it is to validate."""
+    kinds = module.supports.conditions
+    if not kinds:
+        raise UserError(f"{who} draws no pictures for prompts")
+    if not validation and kind not in kinds:
+        raise UserError(f"{who} draws for {', '.join(sorted(kinds))}, not for {kind}")
 
 
 def _read_prompts(path: Path) -> list[str]:
@@ -75,14 +88,37 @@ def _read_prompts(path: Path) -> list[str]:
 def _words(captions: list[str]) -> _Asked:
     from datamodules.batches import Conditions
 
-    return _Asked(captions, lambda rows: Conditions([captions[i] for i in rows]))
+    return _Asked([{"prompt": text} for text in captions], lambda rows: Conditions([captions[i] for i in rows]))
+
+
+def _classes(run_dir: Path, labels: str, count: int) -> _Asked:
+    """`count` pictures of each class, named as the run's split names them or by number."""
+    import torch
+
+    from datamodules.batches import Conditions
+    from jobs.run.folder import class_names
+    from jobs.run.registry import nearest
+
+    names = class_names(run_dir)
+    numbers = {name: number for number, name in enumerate(names)} | {str(i): i for i in range(len(names))}
+    asked = []
+    for given in (word.strip() for word in labels.split(",")):
+        if given not in numbers:
+            raise UserError(f"--labels: there is no class {given}{nearest(given, names)}")
+        asked += [numbers[given]] * count
+    return _Asked(
+        [{"label": names[number]} for number in asked],
+        lambda rows: Conditions(labels=torch.tensor([asked[i] for i in rows])),
+    )
 
 
 def _validation(config, count: int) -> _Asked:
     from jobs.run.folder import build_source
 
     data, _ = build_source(config)
-    return _Asked([data.evaluation_conditions([i]).captions[0] for i in range(count)], data.evaluation_conditions)
+    asked = [data.evaluation_conditions([i]) for i in range(count)]
+    texts = [{"prompt": one.captions[0]} if one.captions else {"label": str(int(one.labels[0]))} for one in asked]
+    return _Asked(texts, data.evaluation_conditions)
 
 
 def _draw(draw: Callable, missing: list[int], batch_size: int, seed: int, out: Path, texts: list[dict]) -> None:

@@ -79,6 +79,7 @@ def _train(config, request):
     check_support(config, module)
     for weights in module.required_weights():
         weights.require()
+    module.gradient_clip_norm = config.train.gradient_clip_norm
     use_cache(config, module)
     module.configure_model()
     data, counts = build_data(config, module)
@@ -93,7 +94,7 @@ def _train(config, request):
     write_config(config)
     data.write_split(run_dir)
     tracker = RunTracker(run_dir, instantiate(config, "tracking"), config.tracking.run_name or run_dir.name)
-    trainer = _build_trainer(config, evaluation, preemption, tracker)
+    trainer = _build_trainer(config, module, evaluation, preemption, tracker)
     if trainer.is_global_zero:
         print_summary(config, module, data, counts)
         click.echo(f"MLflow: {ui_command(config.tracking.uri)}")
@@ -135,14 +136,22 @@ def _export(module, run_dir, tracker):
 
 
 def check_support(config, module) -> None:
-    """Raises UserError where the method does not train with the configured strategy."""
+    """Raises UserError where the method does not train with the configured strategy or accumulation."""
+    from jobs.run.config import accumulation
+
     strategy = config.hardware.strategy
     if strategy not in module.supports.strategies:
         known = ", ".join(sorted(module.supports.strategies))
         raise UserError(f"hardware.strategy={strategy}: {config.method} trains with {known}")
+    if accumulation(config) > 1 and not module.accumulates:
+        train, processes = config.train, config.hardware.devices * config.hardware.nodes
+        raise UserError(
+            f"train.device_batch_size={train.device_batch_size}: {config.method} takes each step over one batch, "
+            f"micro-batches do not add up to it; set {train.global_batch_size // processes}"
+        )
 
 
-def _build_trainer(config, evaluation, preemption, tracker):
+def _build_trainer(config, module, evaluation, preemption, tracker):
     import lightning as L
     from lightning.pytorch.callbacks import LearningRateMonitor
 
@@ -164,11 +173,11 @@ def _build_trainer(config, evaluation, preemption, tracker):
     by_steps = train.validate_every_steps is not None
     micro_batches = accumulation(config)
     return L.Trainer(
-        **trainer_options(hardware, _plugins()),
+        **trainer_options(hardware, _plugins(), find_unused=not module.uses_all_weights),
         max_steps=train.max_steps or -1,
         max_epochs=train.max_epochs if train.max_epochs else -1,
         accumulate_grad_batches=micro_batches,
-        gradient_clip_val=train.gradient_clip_norm,
+        gradient_clip_val=train.gradient_clip_norm if module.automatic_optimization else None,
         val_check_interval=train.validate_every_steps * micro_batches if by_steps else 1.0,
         check_val_every_n_epoch=None if by_steps else train.validate_every_epochs,
         log_every_n_steps=train.log_every_steps,

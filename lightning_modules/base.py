@@ -50,11 +50,17 @@ class GenerativeModule(L.LightningModule, ABC):
 
     Config: ClassVar[type]
     supports: ClassVar[Supports]
+    loss_is_a_mean: ClassVar[bool] = True
+    """Whether the loss is a mean over samples, however they are batched; False where it compares them with each other,
+    so that micro-batches do not add up to their batch."""
+    uses_all_weights: ClassVar[bool] = True
+    """Whether each backward pass reaches every trained weight; False has ddp look for those that it does not."""
     strict_loading = False  # frozen networks are not in the checkpoint
 
     def __init__(self, config: Any):
         super().__init__()
         self.config = config
+        self.gradient_clip_norm: float | None = None  # train.gradient_clip_norm, for a module that steps by itself
         self._built = False
         self._cut = False
 
@@ -76,6 +82,11 @@ class GenerativeModule(L.LightningModule, ABC):
     def losses(self, batch: ImageBatch) -> dict[str, Tensor]:
         """Scalars, among them "loss", which is minimised. A pure function of the weights and the batch."""
 
+    @property
+    def accumulates(self) -> bool:
+        """Whether a step may be taken over several micro-batches."""
+        return self.automatic_optimization and self.loss_is_a_mean
+
     @abstractmethod
     def sample(
         self, conditions: Conditions, seeds: list[int], *, steps: int | None = None, guidance: float | None = None
@@ -93,6 +104,19 @@ class GenerativeModule(L.LightningModule, ABC):
     def required_weights(self) -> list[Weights]:
         """Pretrained weights that `build` reads."""
         return []
+
+    def learn(self, batch: ImageBatch) -> dict[str, Tensor]:
+        """What a training step does with its batch: the losses, "loss" among them, which Lightning then minimises.
+
+        A module of several players that steps its optimizers by itself (`automatic_optimization = False`) does all of
+        that here. One batch is one step then too: the trainer counts the steps of `trainer.strategy.optimizer_step`
+        once for each `LightningOptimizer.step`, so only one of the players takes the latter.
+        """
+        return self.losses(batch)
+
+    def after_swap(self) -> None:
+        """Mend what depends on the trained weights after an average was put in their place, for instance the vectors of
+        spectral norm. Buffers that this changes are put back with the live weights."""
 
     def drawing_facts(self) -> dict[str, Any]:
         """What a picture of the untrained model depends on beside its prompt and seed, by name; plain JSON.
@@ -117,7 +141,9 @@ class GenerativeModule(L.LightningModule, ABC):
 
     def preview(self, batch: ImageBatch, seeds: list[int]) -> tuple[Tensor, list[str]]:
         """What shows a person how good the model is at a validation batch: pictures (n, 3, H, W) and n captions."""
-        return self.sample(batch.conditions, seeds), batch.conditions.captions or [""] * len(batch)
+        labels = [] if batch.conditions.labels is None else [f"class {label}" for label in batch.conditions.labels]
+        captions = batch.conditions.captions if "captions" in self.supports.conditions else labels
+        return self.sample(batch.conditions, seeds), captions or [""] * len(batch)
 
     # What is the same for all
 
@@ -147,7 +173,7 @@ class GenerativeModule(L.LightningModule, ABC):
     @final
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         _seed(max(0, int(batch.seeds[0])), self.device)
-        losses = self.losses(batch)
+        losses = self.learn(batch)
         if self.trainer._logger_connector.should_update_logs:  # else Lightning copies them for nobody
             detached = {f"train/{name}": value.detach() for name, value in losses.items()}
             self.log_dict(detached, batch_size=len(batch), on_step=True, on_epoch=False)

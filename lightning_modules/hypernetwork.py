@@ -10,8 +10,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from datamodules.batches import Conditions
 from lightning_modules.base import STRATEGIES, Supports
+from lightning_modules.families.latent_diffusion import Context
 from lightning_modules.families.stable_diffusion import Denoising, DenoisingConfig
 from lightning_modules.nets.hypernetwork import ACTIVATIONS, INITIALISATIONS, Hypernetwork, context_widths
 from medsynth.errors import UserError
@@ -93,12 +93,12 @@ class HypernetworkModule(Denoising):
         """See `GenerativeModule`; the hypernetwork runs inside the U-Net."""
         self.unet.compile(*args, **kwargs)
 
-    def sample(
-        self, conditions: Conditions, seeds: list[int], *, steps: int | None = None, guidance: float | None = None
+    def draw(
+        self, context: Context, seeds: list[int], *, steps: int | None = None, guidance: float | None = None
     ) -> Tensor:
         self.hypernetwork.set_multiplier(self.config.multiplier)
         try:
-            return super().sample(conditions, seeds, steps=steps, guidance=guidance)
+            return super().draw(context, seeds, steps=steps, guidance=guidance)
         finally:
             self.hypernetwork.set_multiplier(1.0)
 

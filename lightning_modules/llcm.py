@@ -109,9 +109,8 @@ class LLCM(StableDiffusionBase):
         output = self._guided(self.student, z_t, t, context, torch.full_like(t, guidance, dtype=torch.float32))
         return Denoised(output, to_original(self.prediction, output, z_t, t, self.alpha_bar))
 
-    def scheduler(self):
-        scheduler = super().scheduler()
-        return type(scheduler).from_config(scheduler.config, original_inference_steps=self.config.solver_steps)
+    def scheduler_options(self) -> dict[str, Any]:
+        return super().scheduler_options() | {"original_inference_steps": self.config.solver_steps}
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """The student's step, and within it the target's, so that a checkpoint after it holds both."""

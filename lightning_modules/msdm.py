@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -182,11 +183,9 @@ class MSDM(LatentDiffusion):
             model_output = torch.cat([noise, variance[-len(z_t) :].clamp(-1, 1)], dim=1)
         return Denoised(model_output, self._estimate(z_t, noise, t))
 
-    def scheduler(self):
-        scheduler = super().scheduler()
-        if self.config.learned_variance and self.config.sampler.name == "ddpm":
-            scheduler = type(scheduler).from_config(scheduler.config, variance_type="learned_range")
-        return scheduler
+    def scheduler_options(self) -> dict[str, Any]:
+        learned = self.config.learned_variance and self.config.sampler.name == "ddpm"
+        return super().scheduler_options() | ({"variance_type": "learned_range"} if learned else {})
 
     def export(self, directory: Path) -> None:
         self._codec().save(directory / "vae")

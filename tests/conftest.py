@@ -32,6 +32,7 @@ class Phantoms(dict):
             "canine_hip": lambda: write_hips(out, images=24, seed=1, size=64),
             "chest_xray": lambda: write_chest(out, images=24, seed=1, size=64),
             "dreambooth": lambda: write_classes(out, class_pictures=3),
+            "cytology": lambda: write_classes(out),
         }
         write[name]()
         return self.setdefault(name, out)

@@ -8,8 +8,9 @@
                                                    comes last: a folder without it is not finished
 
 Each shard but the last of a part has `shard_rows` rows, and its name ends in the SHA-256 of its bytes. One of n samples
-holds `moments`, float32 (m, 2C, h, w), posterior means and log-variances, and `row`, int64 (n,), which of the m each
-sample has: samples that look the same share one. One of n captions holds `embeddings`, float32 (n, L, D), and `mask`,
+holds `moments`, float32 (m, 2C, …), posterior means and log-variances, where the method is told them
+`image_embeddings`, float32 (m, D), of the same pictures, and `row`, int64 (n,), which of the m each sample has: samples
+that look the same share one. One of n captions holds `embeddings`, float32 (n, L, D), and `mask`,
 bool (n, L), True on real tokens. The metadata entry `medsynth` is JSON: `plan`, the plan's digest, and `captions`.
 
 Variant k is the sample as pass k shows it; pass p of training reads variant p mod K. Noise, and the sample drawn from
@@ -221,10 +222,11 @@ class ShardedRows:
         shard, place = self._find(index)
         return [shard.get_slice(name)[place] for name in names]
 
-    def moments(self, index: int) -> Tensor:
-        """Posterior mean and log-variance of sample `index`, float32 (2C, h, w)."""
+    def encoded(self, index: int) -> dict[str, Tensor]:
+        """What encoders made of sample `index`: `moments` and, where the cache has them, `image_embeddings`."""
         shard, place = self._find(index)
-        return shard.get_slice("moments")[int(shard.get_slice("row")[place])]
+        row = int(shard.get_slice("row")[place])
+        return {name: shard.get_slice(name)[row] for name in shard.keys() if name != "row"}  # noqa: SIM118
 
     def _find(self, index: int) -> tuple[Any, int]:
         number, place = divmod(index, self.shard_rows)
@@ -275,9 +277,12 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str | None:
     """The first key in which the two differ, in words."""
     changed = {"encoder": "the picture encoder has", "text": "the text encoder has", "data": "pictures or prompts have"}
+    changed["image"] = "the image encoder has"
     for key in wanted:
         if key in found and found[key] == wanted[key]:
             continue
+        if key == "image" and key not in found:
+            return "it holds no image embeddings"
         return f"{changed[key]} changed" if key in changed else f"{key} was {found.get(key)} and is {wanted[key]}"
     return None
 

@@ -8,6 +8,7 @@ RUN/export/            the trained weights in the ecosystem's layout
 RUN/tracking/          what MLflow has been sent and what not yet
 """
 
+import json
 from pathlib import Path
 
 import torch
@@ -53,7 +54,7 @@ def build_data(config: DictConfig, module: GenerativeModule) -> tuple[ImageDataM
     if config.data.latents is None:
         return source, counts
     cache = _open_cache(config, module)
-    return CachedLatents(source, cache, module.encoder_digest(), module.text_digest()), counts
+    return CachedLatents(source, cache, module.digests()), counts
 
 
 def use_cache(config: DictConfig, module: GenerativeModule) -> None:
@@ -78,7 +79,7 @@ def write_config(config: DictConfig) -> None:
     run_dir = Path(config.run_dir)
     path = run_dir / CONFIG_FILE
     if path.is_file():
-        _refuse_another_run(config, OmegaConf.load(path), run_dir)
+        _refuse_another_run(config, load_config([path]), run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         write_whole(path, to_yaml(config))
@@ -102,6 +103,18 @@ def load_run(run_dir: Path, checkpoint: str = "best") -> tuple[GenerativeModule,
     module.configure_model()
     load_weights(module, find_checkpoint(run_dir, checkpoint))
     return module.eval(), config
+
+
+def class_names(run_dir: Path) -> list[str]:
+    """The name of each class, by label, as the run's split has them.
+
+    Raises:
+        UserError: the run was trained on data without classes.
+    """
+    try:
+        return json.loads((Path(run_dir) / "split.json").read_text(encoding="utf-8"))["classes"]
+    except (OSError, ValueError, KeyError):
+        raise UserError(f"{run_dir}: split.json names no classes; train on a data set that has some") from None
 
 
 def find_checkpoint(run_dir: Path, name: str) -> Path:
@@ -143,9 +156,9 @@ def _open_cache(config: DictConfig, module: GenerativeModule) -> Cache:
 
 def _refuse_another_run(config: DictConfig, old: DictConfig, run_dir: Path) -> None:
     resolved = OmegaConf.to_container(config, resolve=True)
-    before = OmegaConf.to_container(old, resolve=True)
+    before = OmegaConf.to_container(old, resolve=True)  # loaded, so that keys which came later have their defaults
     for section in _IDENTITY:
-        if resolved[section] != before.get(section):
+        if resolved[section] != before[section]:
             raise UserError(
                 f"run_dir={run_dir} holds a run with another `{section}`; choose another run_dir, or remove that folder"
             )

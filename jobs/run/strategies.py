@@ -15,12 +15,15 @@ from callbacks.sharding import Held, Sharded, Slot
 from medsynth.errors import UserError
 
 
-def trainer_options(hardware: Any, plugins: list[Any]) -> dict[str, Any]:
-    """The Trainer's arguments for a `HardwareConfig`; `plugins` are the run's own."""
+def trainer_options(hardware: Any, plugins: list[Any], find_unused: bool = False) -> dict[str, Any]:
+    """The Trainer's arguments for a `HardwareConfig`; `plugins` are the run's own.
+
+    find_unused: let ddp look, after each forward pass, for trained weights that took no part in it.
+    """
     name, precision = hardware.strategy, hardware.precision
     machine = {"accelerator": hardware.accelerator, "devices": hardware.devices, "num_nodes": hardware.nodes}
     if name in ("auto", "ddp"):
-        strategy = Replicated() if name == "ddp" else "auto"
+        strategy = Replicated(find_unused) if name == "ddp" else "auto"
         return {**machine, "strategy": strategy, "precision": precision, "plugins": plugins}
     device = "cpu" if hardware.accelerator == "cpu" or not torch.cuda.is_available() else "cuda"
     if name == "fsdp":
@@ -35,9 +38,9 @@ def trainer_options(hardware: Any, plugins: list[Any]) -> dict[str, Any]:
 class Replicated(DDPStrategy):
     """Every process holds everything; gradients are averaged."""
 
-    def __init__(self) -> None:
+    def __init__(self, find_unused: bool = False) -> None:
         # Validation may give the processes different numbers of batches, which buffer broadcasts would wait for.
-        super().__init__(broadcast_buffers=False)
+        super().__init__(broadcast_buffers=False, find_unused_parameters=find_unused)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """The first process writes; all raise where it could not, and none waits for the others."""

@@ -3,25 +3,28 @@
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, LCMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, LCMScheduler, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from datamodules.batches import Conditions, ImageBatch
 from lightning_modules.base import GenerativeModule, to_image_range
 from lightning_modules.maths.diffusion import (
+    SCHEDULES,
     SampleRandom,
     add_noise,
     alphas_cumprod,
+    betas_of,
     guide,
-    scaled_linear_betas,
     zero_terminal_snr,
 )
 from medsynth.errors import UserError
 
+# The schedules by diffusers' names.
+_SCHEDULES = {"scaled_linear": "scaled_linear", "linear": "linear", "cosine": "squaredcos_cap_v2"}
 CachedText = Callable[[list[str]], tuple[Tensor, Tensor]]
 
 SAMPLERS = {
@@ -34,16 +37,27 @@ SAMPLERS = {
 
 @dataclass(frozen=True)
 class NoiseConfig:
-    """The forward process: betas linear in their square root."""
+    """The forward process: how much noise each of its steps adds."""
 
+    schedule: str = "scaled_linear"
+    """How the betas grow: scaled_linear (linear in their square root), linear, or cosine (Nichol & Dhariwal 2021)."""
     steps: int = 1000
     """Time steps of the forward process."""
     beta_start: float = 0.002
-    """Variance added at the first step."""
+    """Variance added at the first step; cosine has its own."""
     beta_end: float = 0.02
-    """Variance added at the last step."""
+    """Variance added at the last step; cosine has its own."""
     zero_terminal_snr: bool = False
     """Rescale the betas so that the last step is pure noise (Lin et al. 2023); predict v or the sample then."""
+
+    def __post_init__(self):
+        if self.schedule not in SCHEDULES:
+            raise UserError(f"model.noise.schedule={self.schedule} is not known; use one of {', '.join(SCHEDULES)}")
+
+    def betas(self) -> Tensor:
+        """float32 (steps,): the variance that each step adds."""
+        betas = betas_of(self.schedule, self.beta_start, self.beta_end, self.steps)
+        return zero_terminal_snr(betas) if self.zero_terminal_snr else betas
 
 
 @dataclass(frozen=True)
@@ -82,9 +96,14 @@ class Context(NamedTuple):
     mask: Tensor
     control: Tensor | None = None
 
+    def followed_by(self, other: Self) -> Self:
+        """Its rows, then those of `other`."""
+        pairs = zip(self, other, strict=True)
+        return type(self)(*(None if a is None or b is None else torch.cat([a, b]) for a, b in pairs))
+
 
 class Noised(NamedTuple):
-    """Latents on their way: z_t (n, C, h, w) is z_0 with `noise` added up to the steps t, int64 (n,)."""
+    """Latents on their way: z_t (n, C, …) is z_0 with `noise` added up to the steps t, int64 (n,)."""
 
     z_t: Tensor
     t: Tensor
@@ -95,8 +114,8 @@ class Noised(NamedTuple):
 class Denoised(NamedTuple):
     """A denoiser's answer.
 
-    model_output: (n, C, h, w), or (n, 2C, h, w) with the variance: what diffusers' schedulers step with.
-    original: the z_0 it implies, (n, C, h, w), for self-conditioning.
+    model_output: (n, C, …), or (n, 2C, …) with the variance: what diffusers' schedulers step with.
+    original: the z_0 it implies, (n, C, …), for self-conditioning.
     """
 
     model_output: Tensor
@@ -106,7 +125,8 @@ class Denoised(NamedTuple):
 class LatentDiffusion(GenerativeModule):
     """Frozen encoders and a denoiser. A subclass builds the networks and says how they encode, decode and denoise.
 
-    z_BChw are latents normalised for the denoiser; pictures stay in [0, 1].
+    Latents (n, C, …) are normalised for the denoiser: feature maps (n, C, h, w), or vectors (n, C) as an image
+    embedding is. Pictures stay in [0, 1].
     """
 
     prediction = "epsilon"  # what the denoiser predicts: epsilon, v_prediction or sample (diffusers' names)
@@ -115,10 +135,7 @@ class LatentDiffusion(GenerativeModule):
 
     def __init__(self, config: LatentDiffusionConfig):
         super().__init__(config)
-        noise = config.noise
-        betas = scaled_linear_betas(noise.beta_start, noise.beta_end, noise.steps)
-        if noise.zero_terminal_snr:
-            betas = zero_terminal_snr(betas)
+        betas = config.noise.betas()
         self.register_buffer("betas", betas, persistent=False)
         self.register_buffer("alpha_bar", alphas_cumprod(betas), persistent=False)
         self.cached_text: CachedText | None = None
@@ -133,11 +150,11 @@ class LatentDiffusion(GenerativeModule):
 
     @abstractmethod
     def encode_moments(self, images: Tensor) -> Tensor:
-        """Posterior mean and log-variance (n, 2C, h, w) of pictures (n, 3, H, W) in [0, 1]; what a cache stores."""
+        """Posterior mean and log-variance (n, 2C, …) of pictures (n, 3, H, W) in [0, 1]; what a cache stores."""
 
     @abstractmethod
     def normalise(self, moments: Tensor, noise: Tensor) -> Tensor:
-        """Latents (n, C, h, w) for the denoiser: the posterior's sample that `noise` ~ N(0, 1) picks, normalised."""
+        """Latents (n, C, …) for the denoiser: the posterior's sample that `noise` ~ N(0, 1) picks, normalised."""
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
@@ -148,12 +165,12 @@ class LatentDiffusion(GenerativeModule):
         """Text for the denoiser, on the module's device; an empty caption is the unconditional one."""
 
     @abstractmethod
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(C, h, w) of the latents that `sample` starts from."""
+    def latent_shape(self) -> tuple[int, ...]:
+        """(C, …) of the latents that `draw` starts from."""
 
     @abstractmethod
     def latent_losses(self, z_0: Tensor, random: SampleRandom, batch: ImageBatch) -> dict[str, Tensor]:
-        """The losses (see `losses`) of latents (n, C, h, w), with the batch's own random numbers."""
+        """The losses (see `losses`) of latents (n, C, …), with the batch's own random numbers."""
 
     @abstractmethod
     def denoise(
@@ -173,13 +190,27 @@ class LatentDiffusion(GenerativeModule):
     def text_digest(self) -> str | None:
         """Digest of what `embed` computes with, likewise; None where the text encoder learns."""
 
+    def embed_images(self, images: Tensor) -> Tensor | None:
+        """Embeddings (n, D) that the denoiser is told of pictures (n, 3, H, W) in [0, 1], kept in a cache beside their
+        latents; None where it is told none."""
+        return None
+
+    def image_digest(self) -> str | None:
+        """Digest of what `embed_images` computes with, likewise; None where it gives none."""
+        return None
+
+    def digests(self) -> dict[str, str | None]:
+        """What a cache of this method's latents is known by: the digests of encoder, text and, where told, image."""
+        image = self.image_digest()
+        return {"encoder": self.encoder_digest(), "text": self.text_digest()} | ({"image": image} if image else {})
+
     def losses(self, batch: ImageBatch) -> dict[str, Tensor]:
         random = SampleRandom(batch.seeds, self.device)
         return self.latent_losses(self.latents(batch, random), random, batch)
 
     @torch.no_grad()
     def latents(self, batch: ImageBatch, random: SampleRandom) -> Tensor:
-        """z_0 (n, C, h, w): the posterior of pictures, or of their cached moments, sampled anew."""
+        """z_0 (n, C, …): the posterior of pictures, or of their cached moments, sampled anew."""
         moments = batch.latents if batch.latents is not None else self.encode_moments(batch.images)
         return self.normalise(moments, random.normal(moments.shape[1] // 2, *moments.shape[2:]))
 
@@ -196,8 +227,12 @@ class LatentDiffusion(GenerativeModule):
         return self.steer(Context(batch.text_embeddings, batch.text_mask), batch.conditions)
 
     def condition(self, conditions: Conditions) -> Context:
-        """What the denoiser is told for these conditions."""
-        return self.steer(self.embed(conditions.captions), conditions)
+        """What the denoiser is told for these conditions; where there are no captions, no words."""
+        return self.steer(self.embed(conditions.captions or [""] * len(conditions)), conditions)
+
+    def unconditional(self, conditions: Conditions) -> Context:
+        """What the denoiser is told in the half that guidance leads away from: no words, but the same control."""
+        return self.condition(replace(conditions, captions=[""] * len(conditions)))
 
     def steer(self, text: Context, conditions: Conditions) -> Context:
         """The text's context with all else that the conditions say."""
@@ -207,36 +242,57 @@ class LatentDiffusion(GenerativeModule):
     def sample(
         self, conditions: Conditions, seeds: list[int], *, steps: int | None = None, guidance: float | None = None
     ) -> Tensor:
-        guidance = self.config.sampler.guidance if guidance is None else guidance
+        conditions = replace(conditions, captions=conditions.captions or [""] * len(seeds))
+        context = self.guided_context(conditions, guidance)
+        return to_image_range(self.decode(self.draw(context, seeds, steps=steps, guidance=guidance)))
+
+    def guided_context(self, conditions: Conditions, guidance: float | None = None) -> Context:
+        """What `draw` is told for these conditions; with guidance, the unconditional rows stand before the others."""
+        context = self.condition(conditions)
+        if self._guidance(guidance) == 1 or self.guidance_is_input:
+            return context
+        return self.unconditional(conditions).followed_by(context)
+
+    @torch.no_grad()
+    def draw(
+        self, context: Context, seeds: list[int], *, steps: int | None = None, guidance: float | None = None
+    ) -> Tensor:
+        """Normalised latents (n, C, …) that the reverse process ends at, one for each seed, each a function of its own
+        rows of the context and its seed.
+
+        context: of `guided_context`, with the same guidance. A stage that draws for another's latents takes seeds of
+        its own, `derive_seed(seed, "decoder")`, since equal seeds are equal noise.
+        """
         scheduler = self.scheduler()
         scheduler.set_timesteps(steps or self.config.sampler.steps, device=self.device)
-        captions = conditions.captions or [""] * len(seeds)
-        control = conditions.control
-        if guidance != 1 and not self.guidance_is_input:
-            # The unconditional half is told no words, but has the same control.
-            captions = [""] * len(seeds) + captions
-            control = None if control is None else torch.cat([control, control])
-        context = self.condition(replace(conditions, captions=captions, labels=None, control=control))
         # One generator an image, on the CPU, so that a picture depends on neither batch nor device.
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         z = randn_tensor((len(seeds), *self.latent_shape()), generator=generators, device=self.device)
         original = None
         for step in scheduler.timesteps:
             t = step.expand(len(seeds)).to(self.device)
-            prediction = self.denoise(scheduler.scale_model_input(z, step), t, context, original, guidance)
+            z_t = scheduler.scale_model_input(z, step)
+            prediction = self.denoise(z_t, t, context, original, self._guidance(guidance))
             original = prediction.original
             z = scheduler.step(prediction.model_output, step, z, generator=generators).prev_sample
-        return to_image_range(self.decode(z))
+        return z
 
-    def scheduler(self):
+    def scheduler(self) -> SchedulerMixin:
         """The diffusers scheduler that samples this model's reverse process."""
-        noise, name = self.config.noise, self.config.sampler.name
+        noise = self.config.noise
+        process = {"beta_start": noise.beta_start, "beta_end": noise.beta_end, "num_train_timesteps": noise.steps}
+        process |= {"beta_schedule": _SCHEDULES[noise.schedule], "rescale_betas_zero_snr": noise.zero_terminal_snr}
+        options = {"prediction_type": self.prediction, **self.scheduler_options()}
+        return SAMPLERS[self.config.sampler.name](**process, **options)
+
+    def scheduler_options(self) -> dict[str, Any]:
+        """What diffusers' scheduler takes beside the noise and the prediction: spacing, clipping, kind of variance."""
         # Trailing steps start at the noisiest one (Lin et al. 2023, "Common diffusion noise schedules are flawed").
-        common = {"beta_start": noise.beta_start, "beta_end": noise.beta_end, "num_train_timesteps": noise.steps}
-        common |= {"beta_schedule": "scaled_linear", "timestep_spacing": "trailing"}
-        common |= {"prediction_type": self.prediction, "rescale_betas_zero_snr": noise.zero_terminal_snr}
-        own = {} if name == "dpm++" else {"clip_sample": False}
-        return SAMPLERS[name](**common, **own)
+        clip = {} if self.config.sampler.name == "dpm++" else {"clip_sample": False}
+        return {"timestep_spacing": "trailing", **clip}
+
+    def _guidance(self, guidance: float | None) -> float:
+        return self.config.sampler.guidance if guidance is None else guidance
 
 
 def guided(prediction: Tensor, guidance: float) -> Tensor:

@@ -1,13 +1,13 @@
 """What the Stable Diffusion family shares: its networks in diffusers' layout, its latents, its text, its loss."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
@@ -26,6 +26,7 @@ from lightning_modules.families.latent_diffusion import (
 from lightning_modules.maths.diffusion import (
     SampleRandom,
     add_noise,
+    alphas_cumprod,
     min_snr_weight,
     offset_noise,
     to_original,
@@ -39,6 +40,14 @@ from medsynth.errors import UserError
 KEY = "model.pretrained"
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+# Keys of model.noise by those of a diffusers scheduler.
+_NOISE_KEYS = {
+    "schedule": "beta_schedule",
+    "steps": "num_train_timesteps",
+    "beta_start": "beta_start",
+    "beta_end": "beta_end",
+    "zero_terminal_snr": "rescale_betas_zero_snr",
+}
 # A repository also holds the same weights in one file, in half precision, in pickles: none of those.
 _FILES = (
     "model_index.json",
@@ -231,7 +240,7 @@ class StableDiffusionBase(LatentDiffusion):
             "prediction": self.prediction,
             "resolution": self.config.resolution,
             "prompt_chunks": self.config.prompt_chunks,
-            "noise": asdict(self.config.noise),
+            "noise": _facts(self.config.noise),
             "sampler": asdict(self.config.sampler),
         }
 
@@ -315,14 +324,24 @@ class StableDiffusionBase(LatentDiffusion):
                 f"{KEY}: {folder} has text embeddings of width {given.get('hidden_size')}, its U-Net takes "
                 f"{taken.get('cross_attention_dim')}; they are not of one pipeline"
             )
-        scheduler, noise = self._json("scheduler/scheduler_config.json"), self.config.noise
-        learned = [scheduler.get(key) for key in ("num_train_timesteps", "beta_start", "beta_end")]
-        if learned != [noise.steps, noise.beta_start, noise.beta_end]:
-            steps, start, end = learned
-            raise UserError(
-                f"{KEY}: {folder} was trained with other noise; set model.noise.steps={steps} "
-                f"model.noise.beta_start={start} model.noise.beta_end={end}"
-            )
+        self._check_noise(folder)
+
+    def _check_noise(self, folder: Path) -> None:
+        """Raise UserError unless the folder's signal at each step is the model's, before zero_terminal_snr if it is on.
+
+        The whole schedule is compared, whatever it was made from.
+        """
+        described, noise = self._json("scheduler/scheduler_config.json"), self.config.noise
+        learned = DDIMScheduler.from_config(described).alphas_cumprod
+        for ours in (noise, replace(noise, zero_terminal_snr=False)):
+            alpha_bar = alphas_cumprod(ours.betas())
+            if alpha_bar.shape == learned.shape and torch.allclose(alpha_bar, learned, rtol=1e-4, atol=1e-7):
+                return
+        theirs = {key: described.get(name) for key, name in _NOISE_KEYS.items() if described.get(name) is not None}
+        if described.get("trained_betas") is not None or theirs.get("schedule") == "squaredcos_cap_v2":
+            raise UserError(f"{KEY}: {folder} was trained with betas of its own, which model.noise cannot say")
+        mend = " ".join(f"model.noise.{key}={str(value).lower()}" for key, value in theirs.items())
+        raise UserError(f"{KEY}: {folder} was trained with other noise; set {mend}")
 
     def _check_resolution(self) -> None:
         shape = self.config.architecture
@@ -374,3 +393,9 @@ class Denoising(StableDiffusionBase):
 
     def _prediction(self) -> str:
         return self.config.prediction or super()._prediction()
+
+
+def _facts(noise: NoiseConfig) -> dict[str, Any]:
+    """The noise as folders of class pictures say it; those drawn before there was a choice name no schedule."""
+    facts = asdict(noise)
+    return {key: value for key, value in facts.items() if (key, value) != ("schedule", "scaled_linear")}

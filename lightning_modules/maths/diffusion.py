@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+SCHEDULES = ("scaled_linear", "linear", "cosine")
 
 
 class SampleRandom:
@@ -30,15 +31,46 @@ class SampleRandom:
         """float32 (n, *shape) in [0, 1)."""
         return torch.stack([torch.rand(shape, generator=g, device=self.device) for g in self._generators])
 
-    def integers(self, high: int) -> Tensor:
-        """int64 (n,) in [0, high)."""
-        draws = [torch.randint(high, (), generator=g, device=self.device) for g in self._generators]
+    def integers(self, high: int, *shape: int) -> Tensor:
+        """int64 (n, *shape) in [0, high)."""
+        draws = [torch.randint(high, shape, generator=g, device=self.device) for g in self._generators]
         return torch.stack(draws)
 
 
 def scaled_linear_betas(start: float, end: float, steps: int) -> Tensor:
     """float32 (steps,): linear in sqrt(beta), the schedule of latent diffusion (Rombach et al. 2022)."""
     return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64).square().float()
+
+
+def linear_betas(start: float, end: float, steps: int) -> Tensor:
+    """float32 (steps,): linear in beta, the schedule of Ho et al. 2020."""
+    return torch.linspace(start, end, steps, dtype=torch.float64).float()
+
+
+def cosine_betas(steps: int) -> Tensor:
+    """float32 (steps,): those of alpha_bar(u) = cos²((u + 0.008) / 1.008 · π/2), u = t / steps, none above 0.999.
+
+    Improved DDPM (Nichol & Dhariwal 2021, eq. 17).
+    """
+    u = torch.arange(steps + 1, dtype=torch.float64) / steps
+    alpha_bar = ((u + 0.008) / 1.008 * torch.pi / 2).cos().square()
+    return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999).float()
+
+
+def betas_of(schedule: str, start: float, end: float, steps: int) -> Tensor:
+    """float32 (steps,): the betas of a schedule of `SCHEDULES`; cosine has no start and no end of its own.
+
+    Raises:
+        ValueError: any other schedule.
+    """
+    match schedule:
+        case "scaled_linear":
+            return scaled_linear_betas(start, end, steps)
+        case "linear":
+            return linear_betas(start, end, steps)
+        case "cosine":
+            return cosine_betas(steps)
+    raise ValueError(f"{schedule} is no noise schedule; use one of {', '.join(SCHEDULES)}")
 
 
 def alphas_cumprod(betas: Tensor) -> Tensor:

@@ -82,6 +82,9 @@ class Toy(L.LightningModule):
         self.net = nn.Sequential(first, second)
         self.trace, self.fid = [], list(fid)
 
+    def after_swap(self):
+        pass
+
     def trainable_modules(self):
         return {"net": self.net}
 

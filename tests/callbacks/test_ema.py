@@ -27,6 +27,9 @@ class Toy(L.LightningModule):
         self.frozen = nn.Linear(3, 3).requires_grad_(False)
         self.net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
 
+    def after_swap(self):
+        pass
+
     def trainable_modules(self):
         return {"net": self.net}
 
@@ -69,6 +72,9 @@ class Adversaries(Toy):
         super().__init__()
         self.automatic_optimization = False
         self.critic = nn.Linear(3, 2)
+
+    def after_swap(self):
+        pass
 
     def trainable_modules(self):
         return {"net": self.net, "critic": self.critic}
@@ -169,6 +175,9 @@ def test_only_trainable_modules_are_averaged_and_buffers_are_current():
 
 def test_shared_parameters_are_averaged_once():
     class Shared(Toy):
+        def after_swap(self):
+            pass
+
         def trainable_modules(self):
             return {"net": self.net, "head": nn.Sequential(self.net[0], nn.Linear(2, 2))}
 
