@@ -88,6 +88,16 @@ class ImageBatch(_Rows):
     def __len__(self) -> int:
         return len(self.seeds)
 
+    def pictures(self) -> Tensor:
+        """`images`, where they travel.
+
+        Raises:
+            ValueError: only latents do.
+        """
+        if self.images is None:
+            raise ValueError("the batch has latents in the place of pictures")
+        return self.images
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "ImageBatch":
         """The same rows with every tensor but the seeds on `device`: generators are seeded from the CPU."""
         return replace(super().to(device, non_blocking), seeds=self.seeds)

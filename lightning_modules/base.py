@@ -3,11 +3,12 @@
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, cast, final
 
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from datamodules.batches import Conditions, ImageBatch
@@ -49,7 +50,7 @@ class GenerativeModule(L.LightningModule, ABC):
     """
 
     Config: ClassVar[type]
-    supports: ClassVar[Supports]
+    supports: Supports
     loss_is_a_mean: ClassVar[bool] = True
     """Whether the loss is a mean over samples, however they are batched; False where it compares them with each other,
     so that micro-batches do not add up to their batch."""
@@ -186,11 +187,12 @@ class GenerativeModule(L.LightningModule, ABC):
     @final
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
         # A float: Lightning averages the weights over the processes, and of integers it would drop the remainder.
-        real_rows = float((batch.seeds >= 0).sum())
+        real_rows: Any = float((batch.seeds >= 0).sum())
         losses = {f"val/{name}": value for name, value in self.losses(batch).items()}
         self.log_dict(losses, batch_size=real_rows, on_step=False, on_epoch=True, sync_dist=True)
 
-    def configure_optimizers(self) -> dict:
+    def configure_optimizers(self) -> Any:
+        """What Lightning takes: by default one optimizer over the trainable modules, with its schedule."""
         total_steps = int(self.trainer.estimated_stepping_batches)
         return configure_optimizers(self.config.optim, self.trainable_modules(), total_steps)
 
@@ -207,8 +209,13 @@ class GenerativeModule(L.LightningModule, ABC):
                 f"the checkpoint does not fit this model: {len(expected - given)} weights are missing and "
                 f"{len(given - expected)} are strange, the first is {key}; use the config it was trained with"
             )
-        if self._trainer is not None and self.trainer.datamodule is not None:  # resuming, not only reading weights
-            self.trainer.datamodule.rescale_progress(checkpoint)
+        if self.datamodule is not None:  # resuming, not only reading weights
+            self.datamodule.rescale_progress(checkpoint)
+
+    @property
+    def datamodule(self) -> Any:
+        """The trainer's DataModule; None where there is no trainer, or it has none."""
+        return getattr(self._trainer, "datamodule", None)
 
     def saved_names(self) -> set[str]:
         """Names in the state dict that training changes: not the frozen weights around an adapter."""
@@ -223,11 +230,12 @@ class GenerativeModule(L.LightningModule, ABC):
         # Autocast computes; only what travels is narrow: weights to the processes. Gradients are summed in float32.
         policy = MixedPrecisionPolicy(param_dtype=mixed, reduce_dtype=torch.float32, cast_forward_inputs=False)
         averaged = {p for module in self.averaged_modules().values() for p in module.parameters()}
+        mesh = cast(DeviceMesh, self.device_mesh)["data_parallel"]
         for network in self.sharded_networks():
             network.to(memory_format=torch.contiguous_format)  # FSDP2 cuts no other
             whole = {p for p in network.parameters() if not p.requires_grad and p not in averaged}
             # After each forward pass the parts alone are kept, so that the next one sees what was written to them.
-            options = {"mesh": self.device_mesh["data_parallel"], "reshard_after_forward": True}
+            options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": True}
             for block in (*blocks(network), network):
                 fully_shard(block, **options, mp_policy=policy, ignored_params=whole)
 

@@ -126,7 +126,7 @@ class ControlNet(Denoising):
 
     def setup(self, stage: str) -> None:
         """Raises UserError where the data set's controls are not the model's."""
-        data, ours = self.trainer.datamodule, list(self.config.controls)
+        data, ours = self.datamodule, list(self.config.controls)
         theirs = ours if data is None else list(getattr(data.config, "controls", []))
         if ours != theirs:
             raise UserError(
@@ -152,10 +152,11 @@ class ControlNet(Denoising):
         self.unet.compile(*args, **kwargs)  # frozen, but run and differentiated at each step
 
     def steer(self, text: Context, conditions: Conditions) -> Context:
-        context = text._replace(control=self._checked(conditions.control))
+        control = self._checked(conditions.control)
+        context = text._replace(control=control)
         if self.image_prompt is None:
             return context
-        tokens = self.image_prompt(self._split(context.control)["picture"])
+        tokens = self.image_prompt(self._split(control)["picture"])
         real = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         return context._replace(
             embeddings=torch.cat([text.embeddings, tokens], dim=1), mask=torch.cat([text.mask, real], dim=1)
@@ -198,8 +199,9 @@ class ControlNet(Denoising):
         `controlnet/<name>/` for `ControlNetModel.from_pretrained`; `image_prompt/` for `ImagePrompt.from_pretrained`;
         `scheduler/`. A discriminator draws nothing and stays in the checkpoint.
         """
-        for i, name in enumerate(self.config.spatial):
-            self.controlnet.nets[i].save_pretrained(directory / "controlnet" / name)
+        networks = [] if self.controlnet is None else self.controlnet.nets
+        for name, network in zip(self.config.spatial, networks, strict=True):
+            network.save_pretrained(directory / "controlnet" / name)
         if self.image_prompt is not None:
             self.image_prompt.save_pretrained(directory / "image_prompt", *self._image_encoder())
         self.scheduler().save_pretrained(directory / "scheduler")
@@ -226,8 +228,9 @@ class ControlNet(Denoising):
             )
         return control.to(self.device)
 
-    def _split(self, control: Tensor) -> dict[str, Tensor]:
+    def _split(self, control: Tensor | None) -> dict[str, Tensor]:
         """Each control by its name, (n, 1 or 3, R, R)."""
+        assert control is not None, "`steer` has checked it"
         names = list(self.config.controls)
         return dict(zip(names, control.split([CONTROL_CHANNELS[name] for name in names], dim=1), strict=True))
 

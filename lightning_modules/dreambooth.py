@@ -47,11 +47,11 @@ class DreamBooth(FineTuning):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         if stage == "fit" and not self.cached_text:
-            self._warn_of_split_words(self.trainer.datamodule.rare_words())
+            self._warn_of_split_words(self.datamodule.rare_words())
 
     def _warn_of_split_words(self, words: list[str]) -> None:
         for word in words:
-            pieces = self.text_encoder.tokenizer.tokenize(word)
+            pieces = self.own_text_encoder.tokenizer.tokenize(word)
             if len(pieces) > 1:
                 rank_zero_warn(
                     f"the tokenizer splits {word!r} into {len(pieces)} pieces with meanings of their own; better is a "

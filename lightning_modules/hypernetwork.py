@@ -87,7 +87,7 @@ class HypernetworkModule(Denoising):
 
     def sharded_networks(self) -> list[nn.Module]:
         """Each network on a context: they are called one by one."""
-        return [network for pair in self.hypernetwork.values() for network in pair.values()]
+        return self.hypernetwork.networks()
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """See `GenerativeModule`; the hypernetwork runs inside the U-Net."""
@@ -136,9 +136,7 @@ def load_hypernetwork(unet: nn.Module, directory: Path | str, multiplier: float 
     network.requires_grad_(False).eval().to(parameter.device, parameter.dtype)
     network.set_multiplier(exported if multiplier is None else multiplier)
     network.attach(unet)
-    if not hasattr(unet, "hypernetworks"):
-        unet.hypernetworks = nn.ModuleList()
-    unet.hypernetworks.append(network)
+    unet.hypernetworks = nn.ModuleList([*getattr(unet, "hypernetworks", ()), network])
     return network
 
 

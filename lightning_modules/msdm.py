@@ -159,10 +159,11 @@ class MSDM(LatentDiffusion):
         targets = [noise, *(F.interpolate(noise, size=c.shape[2:], mode="area") for c in coarse)]
         distance = F.l1_loss if self.config.loss == "l1" else F.mse_loss
         terms = [distance(p, target) for p, target in zip([predicted, *coarse], targets, strict=True)]
-        losses = {"noise": sum(w * term for w, term in zip((weights / weights.sum()).tolist(), terms, strict=True))}
+        shares = zip((weights / weights.sum()).tolist(), terms, strict=True)
+        losses = {"noise": sum((w * term for w, term in shares), start=noise.new_zeros(()))}
         if variance is not None:
             losses["variance"] = self._variance_loss(predicted.detach(), variance, z_t, z_0, t)
-        return losses | {"loss": sum(losses.values())}
+        return losses | {"loss": sum(losses.values(), start=noise.new_zeros(()))}
 
     def denoise(
         self, z_t: Tensor, t: Tensor, context: Context, self_condition: Tensor | None, guidance: float
@@ -210,7 +211,10 @@ class MSDM(LatentDiffusion):
         return LatentCodec.load(folder, "model.vae")
 
     def _split(self, output: Tensor) -> tuple[Tensor, Tensor | None]:
-        return output.chunk(2, dim=1) if self.config.learned_variance else (output, None)
+        if not self.config.learned_variance:
+            return output, None
+        noise, variance = output.chunk(2, dim=1)
+        return noise, variance
 
     def _first_estimate(self, z_t: Tensor, t: Tensor, context: Context, seeds: Tensor) -> Tensor | None:
         """The model's own z_0 for the chosen share of samples, zeros for the others (Chen et al. 2022, 3.2)."""

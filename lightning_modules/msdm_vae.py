@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -93,7 +94,7 @@ class LatentCodec(nn.Module):
 
     def moments(self, x_BCHW: Tensor) -> Tensor:
         """Posterior mean and log-variance (B, 2C, h, w) of pictures in [-1, 1]; the VQ variant's variance is nil."""
-        if self.config.quantised:
+        if isinstance(self.net, MSDMVQVAE):
             z = self.net.encode(x_BCHW)
             return torch.cat([z, torch.full_like(z, -30.0)], dim=1)
         return torch.cat(self.net.encode(x_BCHW), dim=1)
@@ -135,7 +136,9 @@ class LatentCodec(nn.Module):
 
     def _shift_and_scale(self) -> tuple[Tensor, Tensor]:
         shape = (1, -1, 1, 1)
-        return self.statistics.running_mean.view(shape), self.statistics.running_var.sqrt().view(shape)
+        mean, variance = self.statistics.running_mean, self.statistics.running_var
+        assert mean is not None and variance is not None, "the statistics are tracked"
+        return mean.view(shape), variance.sqrt().view(shape)
 
 
 class MSDMVAEModule(GenerativeModule):
@@ -168,18 +171,22 @@ class MSDMVAEModule(GenerativeModule):
         return [part for part in self.codec.net.children() if any(True for _ in part.parameters())]
 
     def losses(self, batch: ImageBatch) -> dict[str, Tensor]:
-        x = to_model_range(batch.images)
+        x = to_model_range(batch.pictures())
         random = SampleRandom(batch.seeds, self.device)
         z, losses = self._encode(x, random)
         outputs = self.codec.net.decoder(z)
         terms = zip(*(self._reconstruction(y, x) for y in outputs), strict=True)
-        losses |= dict(zip(("pixel", "perceptual", "structural"), map(sum, terms), strict=True))
+        losses |= dict(
+            zip(
+                ("pixel", "perceptual", "structural"), (sum(term, start=x.new_zeros(())) for term in terms), strict=True
+            )
+        )
         config: MSDMVAEConfig = self.config
         weights = {"pixel": 1.0, "perceptual": config.perceptual_weight, "structural": config.ssim_weight}
         weights |= {"kl": config.kl_weight, "codebook": config.codebook_weight}
-        total = sum(weights[name] * value for name, value in losses.items())
+        total = sum((weights[name] * value for name, value in losses.items()), start=x.new_zeros(()))
         with torch.no_grad():
-            error_B = (to_image_range(outputs[0]) - batch.images).square().flatten(1).mean(1)
+            error_B = (to_image_range(outputs[0]) - batch.pictures()).square().flatten(1).mean(1)
             losses["psnr"] = (-10 * error_B.clamp_min(1e-10).log10()).mean()
         return losses | {"loss": total}
 
@@ -195,20 +202,21 @@ class MSDMVAEModule(GenerativeModule):
     @torch.no_grad()
     def preview(self, batch: ImageBatch, seeds: list[int]) -> tuple[Tensor, list[str]]:
         """Pictures, each followed by its reconstruction."""
-        mean = self.codec.moments(to_model_range(batch.images)).chunk(2, dim=1)[0]
-        pairs = torch.stack([batch.images, to_image_range(self.codec.net.decode(mean))], dim=1)
+        mean = self.codec.moments(to_model_range(batch.pictures())).chunk(2, dim=1)[0]
+        pairs = torch.stack([batch.pictures(), to_image_range(self.codec.net.decode(mean))], dim=1)
         return pairs.flatten(0, 1), ["picture", "reconstruction"] * len(batch)
 
     def export(self, directory: Path) -> None:
         self.codec.save(directory / "vae")
 
     def _encode(self, x: Tensor, random: SampleRandom) -> tuple[Tensor, dict[str, Tensor]]:
-        if self.config.codec.quantised:
-            continuous = self.codec.net.encode(x)
-            z, codebook, _ = self.codec.net.quantize(continuous)
+        net = self.codec.net
+        if isinstance(net, MSDMVQVAE):
+            continuous = net.encode(x)
+            z, codebook, _ = net.quantize(continuous)
             self._track(continuous)
             return z, {"codebook": codebook}
-        mean, log_variance = self.codec.net.encode(x)
+        mean, log_variance = net.encode(x)
         z = mean + (0.5 * log_variance).exp() * random.normal(*mean.shape[1:])
         self._track(z)
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
@@ -231,5 +239,5 @@ class MSDMVAEModule(GenerativeModule):
 
 def _dissimilarity(y_BCHW: Tensor, x_BCHW: Tensor) -> Tensor:
     """Mean 1 - SSIM of pictures in [-1, 1], each in [0, 1]."""
-    similarity = ssim(to_image_range(y_BCHW), to_image_range(x_BCHW), data_range=1.0, reduction="none")
+    similarity: Any = ssim(to_image_range(y_BCHW), to_image_range(x_BCHW), data_range=1.0, reduction="none")
     return 1 - similarity.clamp_min(0).mean()

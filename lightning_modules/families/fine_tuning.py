@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from diffusers import StableDiffusionPipeline
 from torch import nn
@@ -48,7 +49,7 @@ class FineTuning(Denoising):
             self._let_text_learn()
 
     def trainable_modules(self) -> dict[str, nn.Module]:
-        text = {"text_encoder": self.text_encoder} if self.config.train_text_encoder else {}
+        text = {"text_encoder": self.own_text_encoder} if self.config.train_text_encoder else {}
         return {"unet": self.unet} | text
 
     def text_digest(self) -> str | None:
@@ -73,17 +74,17 @@ class FineTuning(Denoising):
     def _let_text_learn(self) -> None:
         if self.cached_text:
             raise UserError("model.train_text_encoder: the cache holds text, which must not change; encode again")
-        self.text_encoder.learns = True
+        self.own_text_encoder.learns = True
         if self.config.text_adapter.rank:
-            attach(self.text_encoder.model, self.config.text_adapter, "model.text_adapter")
+            attach(self.own_text_encoder.model, self.config.text_adapter, "model.text_adapter")
         else:
-            self.text_encoder.model.requires_grad_(True)
+            self.own_text_encoder.model.requires_grad_(True)
         if self.config.gradient_checkpointing:
-            self.text_encoder.model.gradient_checkpointing_enable()
+            self.own_text_encoder.model.gradient_checkpointing_enable()
 
     def _learned(self) -> dict[str, nn.Module]:
         """Networks that learn, by their name in the pipeline."""
-        text = {"text_encoder": self.text_encoder.model} if self.config.train_text_encoder else {}
+        text = {"text_encoder": self.own_text_encoder.model} if self.config.train_text_encoder else {}
         return {"unet": self.unet} | text
 
     def _adapted(self) -> dict[str, tuple[nn.Module, AdapterConfig]]:
@@ -91,7 +92,7 @@ class FineTuning(Denoising):
         return {name: (network, configs[name]) for name, network in self._learned().items() if configs[name].rank}
 
     def _export_adapters(self, directory: Path, adapted: dict[str, tuple[nn.Module, AdapterConfig]]) -> None:
-        arguments = {}
+        arguments: dict[str, Any] = {}
         for name, (network, config) in adapted.items():
             arguments[f"{name}_lora_layers"] = adapter_state(network)
             arguments[f"{name}_lora_adapter_metadata"] = adapter_metadata(config)

@@ -98,8 +98,10 @@ class Context(NamedTuple):
 
     def followed_by(self, other: Self) -> Self:
         """Its rows, then those of `other`."""
-        pairs = zip(self, other, strict=True)
-        return type(self)(*(None if a is None or b is None else torch.cat([a, b]) for a, b in pairs))
+        control = None
+        if self.control is not None and other.control is not None:
+            control = torch.cat([self.control, other.control])
+        return type(self)(torch.cat([self.embeddings, other.embeddings]), torch.cat([self.mask, other.mask]), control)
 
 
 class Noised(NamedTuple):
@@ -211,7 +213,7 @@ class LatentDiffusion(GenerativeModule):
     @torch.no_grad()
     def latents(self, batch: ImageBatch, random: SampleRandom) -> Tensor:
         """z_0 (n, C, …): the posterior of pictures, or of their cached moments, sampled anew."""
-        moments = batch.latents if batch.latents is not None else self.encode_moments(batch.images)
+        moments = batch.latents if batch.latents is not None else self.encode_moments(batch.pictures())
         return self.normalise(moments, random.normal(moments.shape[1] // 2, *moments.shape[2:]))
 
     def diffuse(self, z_0: Tensor, random: SampleRandom) -> Noised:
@@ -222,7 +224,7 @@ class LatentDiffusion(GenerativeModule):
 
     def context_of(self, batch: ImageBatch) -> Context:
         """What the denoiser is told of a training batch, its text from the cache where it travels along."""
-        if batch.text_embeddings is None:
+        if batch.text_embeddings is None or batch.text_mask is None:
             return self.condition(batch.conditions)
         return self.steer(Context(batch.text_embeddings, batch.text_mask), batch.conditions)
 

@@ -152,6 +152,12 @@ class StableDiffusionBase(LatentDiffusion):
     def required_weights(self) -> list[Weights]:
         return [] if self._random else [self._weights]
 
+    @property
+    def own_text_encoder(self) -> TextEncoder:
+        """The text encoder, where no cache stands in its place."""
+        assert isinstance(self.text_encoder, TextEncoder), "a cache has taken its place"
+        return self.text_encoder
+
     # The parts, as they were before training
 
     def load_unet(self) -> UNet2DConditionModel:

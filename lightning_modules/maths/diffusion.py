@@ -95,7 +95,7 @@ def predicted_original(x_t_BCHW: Tensor, noise_BCHW: Tensor, t_B: Tensor, alpha_
     return (x_t_BCHW - (1 - a).sqrt() * noise_BCHW) / a.sqrt()
 
 
-def guide(unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
+def guide(unconditional: Tensor, conditional: Tensor, scale: float | Tensor) -> Tensor:
     """Classifier-free guidance, u + scale·(c - u): 1 is the plain conditional prediction (Ho & Salimans 2022)."""
     return unconditional + scale * (conditional - unconditional)
 
@@ -160,7 +160,7 @@ def training_target(kind: str, x_0_BCHW: Tensor, noise_BCHW: Tensor, t_B: Tensor
     kind: epsilon (the noise), sample (x_0) or v_prediction, sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x_0; any other
     is a ValueError, here and below.
     """
-    match _known(kind):
+    match kind:
         case "epsilon":
             return noise_BCHW
         case "sample":
@@ -168,11 +168,12 @@ def training_target(kind: str, x_0_BCHW: Tensor, noise_BCHW: Tensor, t_B: Tensor
         case "v_prediction":
             a = at(alpha_bar, t_B, x_0_BCHW.ndim)
             return a.sqrt() * noise_BCHW - (1 - a).sqrt() * x_0_BCHW
+    raise _unknown(kind)
 
 
 def to_original(kind: str, output_BCHW: Tensor, x_t_BCHW: Tensor, t_B: Tensor, alpha_bar: Tensor) -> Tensor:
     """x_0 that a network's output implies; not finite for epsilon where alpha_bar is 0."""
-    match _known(kind):
+    match kind:
         case "epsilon":
             return predicted_original(x_t_BCHW, output_BCHW, t_B, alpha_bar)
         case "sample":
@@ -180,18 +181,20 @@ def to_original(kind: str, output_BCHW: Tensor, x_t_BCHW: Tensor, t_B: Tensor, a
         case "v_prediction":
             a = at(alpha_bar, t_B, x_t_BCHW.ndim)
             return a.sqrt() * x_t_BCHW - (1 - a).sqrt() * output_BCHW
+    raise _unknown(kind)
 
 
 def to_noise(kind: str, output_BCHW: Tensor, x_t_BCHW: Tensor, t_B: Tensor, alpha_bar: Tensor) -> Tensor:
     """The noise in x_t that a network's output implies."""
     a = at(alpha_bar, t_B, x_t_BCHW.ndim)
-    match _known(kind):
+    match kind:
         case "epsilon":
             return output_BCHW
         case "sample":
             return (x_t_BCHW - a.sqrt() * output_BCHW) / (1 - a).sqrt()
         case "v_prediction":
             return a.sqrt() * output_BCHW + (1 - a).sqrt() * x_t_BCHW
+    raise _unknown(kind)
 
 
 def snr(t_B: Tensor, alpha_bar: Tensor) -> Tensor:
@@ -207,19 +210,18 @@ def min_snr_weight(kind: str, t_B: Tensor, alpha_bar: Tensor, gamma: float) -> T
     At SNR 0 epsilon has its limit, 1.
     """
     ratio = snr(t_B, alpha_bar)
-    match _known(kind):
+    match kind:
         case "epsilon":
             return gamma / ratio.clamp(min=gamma)
         case "sample":
             return ratio.clamp(max=gamma)
         case "v_prediction":
             return ratio.clamp(max=gamma) / (ratio + 1)
+    raise _unknown(kind)
 
 
-def _known(kind: str) -> str:
-    if kind not in PREDICTION_TYPES:
-        raise ValueError(f"{kind} is no prediction type; use one of {', '.join(PREDICTION_TYPES)}")
-    return kind
+def _unknown(kind: str) -> ValueError:
+    return ValueError(f"{kind} is no prediction type; use one of {', '.join(PREDICTION_TYPES)}")
 
 
 def _alpha_bars(betas: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from medsynth.errors import UserError
 def zero_init(layer: nn.Conv2d | nn.Linear) -> nn.Conv2d | nn.Linear:
     """The same layer with weight and bias set to zero, so that it contributes nothing before training."""
     nn.init.zeros_(layer.weight)
+    assert layer.bias is not None, "what is added must start at zero"
     nn.init.zeros_(layer.bias)
     return layer
 

@@ -1,6 +1,7 @@
 """Hypernetwork: small networks that change what attention layers make their keys and values of."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,8 +43,9 @@ class ContextNetwork(nn.Module):
         layers: list[nn.Module] = []
         for i in range(1, len(sizes)):
             layers.append(nn.Linear(sizes[i - 1], sizes[i]))
-            if ACTIVATIONS[activation] and (activate_output or i < len(sizes) - 1):
-                layers.append(ACTIVATIONS[activation]())
+            make = ACTIVATIONS[activation]
+            if make is not None and (activate_output or i < len(sizes) - 1):
+                layers.append(make())
             if layer_norm:
                 layers.append(nn.LayerNorm(sizes[i]))
             if dropout and dropout[i]:
@@ -97,10 +99,15 @@ class Hypernetwork(nn.ModuleDict):
         The weights stay outside `network`. Forward pre-hooks hold under any attention kernel, under gradient
         checkpointing and, attached before it, under `torch.compile`.
         """
-        for layer in _attention_layers(network):
-            if (width := str(layer.to_k.in_features)) in self:
-                layer.to_k.register_forward_pre_hook(self[width]["k"].before)
-                layer.to_v.register_forward_pre_hook(self[width]["v"].before)
+        for to_k, to_v in _attention_layers(network):
+            if (width := str(to_k.in_features)) in self:
+                for layer, kind in ((to_k, "k"), (to_v, "v")):
+                    changing: Any = self.get_submodule(f"{width}.{kind}")
+                    layer.register_forward_pre_hook(changing.before)
+
+    def networks(self) -> list[nn.Module]:
+        """Every network on a context, those on keys before those on values of each width."""
+        return [network for pair in self.values() for network in pair.children()]
 
     def set_multiplier(self, multiplier: float) -> None:
         """Set the strength of the change: 1 as trained, 0 none."""
@@ -111,11 +118,13 @@ class Hypernetwork(nn.ModuleDict):
 
 def context_widths(network: nn.Module) -> list[int]:
     """The widths of context that the attention layers of `network` see, sorted."""
-    return sorted({layer.to_k.in_features for layer in _attention_layers(network)})
+    return sorted({to_k.in_features for to_k, _ in _attention_layers(network)})
 
 
-def _attention_layers(network: nn.Module) -> Iterator[nn.Module]:
-    return (module for module in network.modules() if hasattr(module, "to_k") and hasattr(module, "to_v"))
+def _attention_layers(network: nn.Module) -> Iterator[tuple[Any, Any]]:
+    """The layers that make keys and values, linear or with an update beside, of each attention."""
+    modules = network.modules()
+    return ((m.to_k, m.to_v) for m in modules if hasattr(m, "to_k") and hasattr(m, "to_v"))
 
 
 @torch.no_grad()

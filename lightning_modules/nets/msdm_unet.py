@@ -9,6 +9,7 @@ D width of the text encoder, E width of the time embedding.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -120,7 +121,7 @@ class TextResBlock(nn.Module):
 class EncoderLevel(nn.Module):
     """The blocks of one resolution, then a halving unless it is the last level."""
 
-    def __init__(self, in_channels: int, out_channels: int, res_blocks: int, is_last: bool, **block: float):
+    def __init__(self, in_channels: int, out_channels: int, res_blocks: int, is_last: bool, **block: Any):
         super().__init__()
         widths = [in_channels] + [out_channels] * res_blocks
         self.blocks = nn.ModuleList(TextResBlock(widths[k], out_channels, **block) for k in range(res_blocks))
@@ -139,7 +140,7 @@ class EncoderLevel(nn.Module):
 class DecoderLevel(nn.Module):
     """The blocks of one resolution, each fed one skip, the last giving `out_channels`; then a doubling unless last."""
 
-    def __init__(self, in_channels: int, out_channels: int, skip_channels: list[int], is_last: bool, **block: float):
+    def __init__(self, in_channels: int, out_channels: int, skip_channels: list[int], is_last: bool, **block: Any):
         super().__init__()
         inputs = [in_channels + skip for skip in skip_channels]
         outputs = [in_channels] * (len(skip_channels) - 1) + [out_channels]
@@ -149,6 +150,7 @@ class DecoderLevel(nn.Module):
 
     def forward(self, x_BCHW: Tensor, skips: list[Tensor], *condition: Tensor | None) -> tuple[Tensor, Tensor]:
         """The level's output, and the features that entered its last block. `skips`: one a block, last first."""
+        entering_BCHW = x_BCHW
         for block, skip_BCHW in zip(self.blocks, reversed(skips), strict=True):
             entering_BCHW = torch.cat([x_BCHW, skip_BCHW], dim=1)
             x_BCHW = block(entering_BCHW, *condition)
@@ -218,19 +220,22 @@ class MSDMUNet(nn.Module):
 
         block = {"embedding_dim": time_dim, "heads": heads, "norm_groups": norm_groups, "dropout": dropout}
         self.in_conv = nn.Conv2d(in_channels * (2 if self_conditioning else 1), widths[0], 3, padding=1)
-        self.encoder = nn.ModuleList(
+        encoder = [
             EncoderLevel(widths[i - 1], widths[i], res_blocks, i == levels, **block) for i in range(1, levels + 1)
-        )
+        ]
+        self.encoder = nn.ModuleList(encoder)
         self.middle = TextResBlock(widths[-1], widths[-1], **block)
         self.middle_res = ResBlock(widths[-1], widths[-1], norm_groups, dropout, time_dim)
 
-        skips = [widths[0], *(channels for level in self.encoder for channels in level.skip_channels)]
-        self.decoder = nn.ModuleList(
-            DecoderLevel(widths[i], widths[i - 1], [skips.pop() for _ in range(res_blocks + 1)], i == 1, **block)
+        skips = [widths[0], *(channels for level in encoder for channels in level.skip_channels)]
+        self.skips_per_level = res_blocks + 1
+        decoder = [
+            DecoderLevel(widths[i], widths[i - 1], [skips.pop() for _ in range(self.skips_per_level)], i == 1, **block)
             for i in range(levels, 0, -1)
-        )
+        ]
+        self.decoder = nn.ModuleList(decoder)
         self.out_conv = zero_init(nn.Conv2d(widths[0], in_channels * (2 if learned_variance else 1), 1))
-        coarser = list(reversed(self.decoder[:-1]))[:deep_supervision]
+        coarser = decoder[-2::-1][:deep_supervision]
         self.deep_convs = nn.ModuleList(zero_init(nn.Conv2d(level.deep_channels, in_channels, 1)) for level in coarser)
 
     def forward(
@@ -266,7 +271,7 @@ class MSDMUNet(nn.Module):
 
         entering = []
         for level in self.decoder:
-            skips, own = skips[: -len(level.blocks)], skips[-len(level.blocks) :]
+            skips, own = skips[: -self.skips_per_level], skips[-self.skips_per_level :]
             h_BCHW, entering_BCHW = level(h_BCHW, own, *condition)
             entering.append(entering_BCHW)
         deep = [conv(features) for conv, features in zip(self.deep_convs, entering[-2::-1], strict=False)]
@@ -274,12 +279,9 @@ class MSDMUNet(nn.Module):
 
     def _init_text_path(self) -> None:
         """Let the text arrive with the size it has: torch's default shrinks it to an eighth of the time embedding."""
-        gains = {
-            self.text_mlp[0]: 1.0,
-            self.text_mlp[2]: 1.7,
-            self.text_pool.attention.to_v: 1.0,
-        }  # SiLU: about 1 / 1.7
-        for linear, gain in (gains | {self.text_pool.attention.to_out[0]: 1.0}).items():
+        attention = self.text_pool.attention
+        layers: list[Any] = [self.text_mlp[0], self.text_mlp[2], attention.to_v, attention.to_out[0]]
+        for linear, gain in zip(layers, (1.0, 1.7, 1.0, 1.0), strict=True):  # SiLU: about 1 / 1.7
             nn.init.normal_(linear.weight, std=gain * linear.in_features**-0.5)
 
     def _with_self_condition(self, x_BCHW: Tensor, self_cond_BCHW: Tensor | None) -> Tensor:

@@ -17,7 +17,7 @@ class PatchDiscriminator(nn.Module):
     def __init__(self, widths: tuple[int, ...] = (64, 128, 256, 512)):
         """widths: channels of each layer, at least two; from the second on multiples of 16."""
         super().__init__()
-        layers = [nn.Sequential(nn.Conv2d(3, widths[0], 4, stride=2, padding=1), nn.LeakyReLU(0.2))]
+        layers: list[nn.Module] = [nn.Sequential(nn.Conv2d(3, widths[0], 4, stride=2, padding=1), nn.LeakyReLU(0.2))]
         for i, (before, width) in enumerate(pairwise(widths), 2):
             stride = 2 if i < len(widths) else 1
             convolution = nn.Conv2d(before, width, 4, stride=stride, padding=1, bias=False)
@@ -54,5 +54,5 @@ def adversarial_terms(discriminator: PatchDiscriminator, fake_BCHW: Tensor, real
     return {
         "discriminator": F.relu(1 - real[-1]).mean() + F.relu(1 + fake[-1]).mean(),
         "adversarial": -judged[-1].mean(),
-        "feature_matching": sum(distances) / len(distances),
+        "feature_matching": sum(distances, fake_BCHW.new_zeros(())) / len(distances),
     }

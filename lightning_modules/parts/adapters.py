@@ -85,7 +85,7 @@ def merged(plain: nn.Module, adapted: nn.Module, config: AdapterConfig) -> nn.Mo
 def _lora_config(config: AdapterConfig) -> LoraConfig:
     return LoraConfig(
         r=config.rank,
-        lora_alpha=config.rank if config.alpha is None else config.alpha,
+        lora_alpha=config.rank if config.alpha is None else config.alpha,  # pyrefly: ignore[bad-argument-type]  # fractions work, peft says int
         target_modules=list(config.targets),
         lora_dropout=config.dropout,
         use_dora=config.kind == "dora",

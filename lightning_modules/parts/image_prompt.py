@@ -23,6 +23,9 @@ class ImagePrompt(nn.Module):
     The tokens follow those of the text in the U-Net's context, each multiplied by `weight`.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self,
         encoder: CLIPVisionModelWithProjection,
@@ -41,7 +44,7 @@ class ImagePrompt(nn.Module):
 
     def forward(self, pictures: Tensor) -> Tensor:
         """Tokens (n, tokens, text width) of pictures, float32 (n, 3, H, W) in [0, 1]."""
-        side = self.encoder.config.image_size
+        side: Any = self.encoder.config.image_size
         with torch.no_grad():
             resized = F.interpolate(pictures, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
             embeddings = self.encoder((resized - self.mean) / self.std).image_embeds
@@ -106,9 +109,10 @@ def load_image_encoder(source: str, key: str) -> tuple[CLIPVisionModelWithProjec
         return _random_encoder(), CLIPImageProcessor()
     folder = Weights(key, source).require()
     try:
-        encoder, report = CLIPVisionModelWithProjection.from_pretrained(
+        loaded: Any = CLIPVisionModelWithProjection.from_pretrained(
             folder, local_files_only=True, output_loading_info=True, dtype=torch.float32
         )
+        encoder, report = loaded
         # A folder of the encoder alone may say nothing of pictures: CLIP's own mean and deviation then.
         known = (folder / "preprocessor_config.json").is_file()
         processor = CLIPImageProcessor.from_pretrained(folder, local_files_only=True) if known else CLIPImageProcessor()

@@ -34,6 +34,8 @@ class OptimConfig:
     def __post_init__(self):
         if self.name not in OPTIMIZERS:
             raise UserError(f"model.optim.name={self.name} is not known; use one of {', '.join(OPTIMIZERS)}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"model.optim.betas={self.betas}: give two decay rates in [0, 1)")
         if self.schedule not in SCHEDULES:
             raise UserError(f"model.optim.schedule={self.schedule} is not known; use one of {', '.join(SCHEDULES)}")
 
@@ -44,10 +46,11 @@ def configure_optimizers(config: OptimConfig, modules: dict[str, nn.Module], tot
     total_steps: optimizer steps of the whole run, where a decaying schedule ends.
     """
     parameters = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
+    first, second = config.betas
     optimizer = OPTIMIZERS[config.name](
         parameters,
         lr=config.lr,
-        betas=tuple(config.betas),
+        betas=(first, second),
         eps=config.eps,
         weight_decay=config.weight_decay,
         fused=all(p.device.type in ("cpu", "cuda") for p in parameters),

@@ -4,6 +4,7 @@ import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,9 @@ class TextEncoderConfig:
 
 class TextEncoder(nn.Module):
     """Captions to token embeddings; without gradients, unless its `model` learns."""
+
+    tokenizer: Any  # transformers', of the model's kind
+    model: Any
 
     def __init__(self, config: TextEncoderConfig, key: str = "model.text_encoder.source", attend_padding: bool = False):
         """Load or make the encoder.
