@@ -41,9 +41,10 @@ cluster: install  ## Test on a real Slurm of two nodes on this machine; as root,
 soak: install  ## Kill a run of two processes 100 times, and compare it with an undisturbed one; in about 10 minutes
 	$(BIN)/python -m tests.soak
 
-lint: install  ## Check style
+lint: install  ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pyrefly check
 
 format: install  ## Mend style
 	$(BIN)/ruff check --fix .
