@@ -18,7 +18,8 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loops import _FitLoop
 from lightning.pytorch.trainer.states import TrainerFn
 
-from callbacks.checkpoint import log_step, read_manifest, save
+from callbacks.checkpoint import log_step, save
+from callbacks.durable import read_manifest
 from medsynth.errors import UserError
 from medsynth.exit_codes import NO_PROGRESS, PREEMPTED
 from medsynth.files import write_whole

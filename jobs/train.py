@@ -60,7 +60,7 @@ def _train(config, request):
     import lightning as L
     import torch
 
-    from callbacks.checkpoint import LAST, newest_verified
+    from callbacks.durable import LAST, newest_verified
     from callbacks.evaluation import Evaluation
     from callbacks.preemption import Preemption
     from jobs.run.config import instantiate
@@ -193,7 +193,7 @@ def _build_trainer(config, module, evaluation, preemption, tracker):
 def _plugins() -> list:
     from lightning.pytorch.plugins.environments import SLURMEnvironment
 
-    from callbacks.checkpoint import DurableCheckpointIO
+    from callbacks.durable import DurableCheckpointIO
 
     # Whoever started the job requeues it, and not Lightning.
     slurm = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []

@@ -24,6 +24,19 @@ def write_whole(path: Path, text: str) -> None:
     beside.replace(path)
 
 
+def sync(path: Path) -> None:
+    """Wait until the file, or the list of names in the folder, is on the disk.
+
+    Raises:
+        OSError: it cannot be.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """An empty folder beside `out` that takes its name when the block ends, and is removed when the block fails.

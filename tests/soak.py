@@ -41,7 +41,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import jobs.train
-from callbacks.checkpoint import DurableCheckpointIO, newest_verified, read_manifest
+from callbacks.durable import DurableCheckpointIO, newest_verified, read_manifest
 from datamodules.phantoms.colonoscopy import write_colonoscopy
 from jobs.run.config import load_config
 from jobs.tracking import mlflow_client, read_run_id

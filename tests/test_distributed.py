@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from callbacks.checkpoint import read_manifest
+from callbacks.durable import read_manifest
 from callbacks.preemption import Preempted
 from jobs.run.config import load_config
 from jobs.tracking import mlflow_client, read_run_id

@@ -15,7 +15,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.progress import Progress
 
-from callbacks.checkpoint import DurableCheckpointIO, newest_verified
+from callbacks.durable import DurableCheckpointIO, newest_verified
 from callbacks.ema import load_ema_weights
 from datamodules.base import ImageDataModule
 from datamodules.cached import CachedLatents

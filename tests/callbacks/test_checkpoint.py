@@ -25,12 +25,11 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from torch import nn
 
-from callbacks.checkpoint import (
-    CheckpointConfig,
+from callbacks.checkpoint import CheckpointConfig, build_checkpoints
+from callbacks.durable import (
     CheckpointDamaged,
     DurableCheckpointIO,
     best_checkpoint,
-    build_checkpoints,
     newest_verified,
     read_manifest,
     verify,
@@ -360,7 +359,7 @@ def test_any_flipped_bit_of_the_manifest_is_found(tmp_path):
 
 def test_manifest_of_a_later_format_is_refused(tmp_path, monkeypatch):
     with monkeypatch.context() as later:
-        later.setattr("callbacks.checkpoint.FORMAT", 2)
+        later.setattr("callbacks.durable.FORMAT", 2)
         path = save(tmp_path / "last.ckpt", 1)
     assert verify(path) == "manifest.json has format 2, and this version reads 1"
 

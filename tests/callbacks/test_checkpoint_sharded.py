@@ -14,15 +14,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from callbacks.checkpoint import (
-    CheckpointConfig,
-    CheckpointDamaged,
-    DurableCheckpointIO,
-    build_checkpoints,
-    newest_verified,
-    read_manifest,
-    verify,
-)
+from callbacks.checkpoint import CheckpointConfig, build_checkpoints
+from callbacks.durable import CheckpointDamaged, DurableCheckpointIO, newest_verified, read_manifest, verify
 from callbacks.sharding import Held, by_name, by_number
 from medsynth.errors import UserError
 from tests.callbacks.test_checkpoint import DAMAGE, Toy, assert_same, fit, kill_at_random

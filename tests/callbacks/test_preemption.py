@@ -19,8 +19,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import callbacks.checkpoint
-from callbacks.checkpoint import LastCheckpoint, read_manifest
+import callbacks.durable
+from callbacks.checkpoint import LastCheckpoint
+from callbacks.durable import read_manifest
 from callbacks.ema import EMA
 from callbacks.evaluation import Evaluation
 from callbacks.preemption import (
@@ -210,7 +211,7 @@ KILLS: dict[str, tuple] = {
     "in the validation after a save": (Preemption, "on_validation_batch_end", 2),
     "while pictures are drawn after a save": (Evaluation, "_load_reference", 1),
     "after the best was saved": (LastCheckpoint, "on_validation_end", 1),
-    "in the save after a validation": (callbacks.checkpoint, "_put_in_place", 3),
+    "in the save after a validation": (callbacks.durable, "_put_in_place", 3),
     "between the last save and the last validation": (Preemption, "on_validation_start", 2),
     "after the last validation": (Preemption, "on_train_end", 1),
 }
@@ -248,7 +249,7 @@ def test_a_validation_that_is_done_is_not_done_again(undisturbed, phantom, here)
 
 def test_a_signal_during_a_save_is_answered_after_it(undisturbed, phantom, here):
     with pytest.MonkeyPatch.context() as patch:
-        signal_at(patch, callbacks.checkpoint, "_put_in_place", 1)
+        signal_at(patch, callbacks.durable, "_put_in_place", 1)
         with pytest.raises(Preempted):
             train(configured(phantom, "run", "checkpoint.every_steps=2"))
     assert read_manifest("run/checkpoints/last.ckpt")["global_step"] in (2, 3)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from callbacks.checkpoint import read_manifest
+from callbacks.durable import read_manifest
 from jobs.tracking import mlflow_client, read_run_id
 from medsynth.errors import UserError
 from tests.conftest import REPOSITORY

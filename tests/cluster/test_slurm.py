@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from callbacks.checkpoint import DurableCheckpointIO
+from callbacks.durable import DurableCheckpointIO
 from callbacks.ema import EMA
 from tests.cluster.cluster import (
     ALLOCATION,

@@ -25,7 +25,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from callbacks.checkpoint import verify
+from callbacks.durable import verify
 from jobs.cluster.elastic import exit_code
 from jobs.cluster.kubernetes import load_for_pods, manifests, presets, render
 from medsynth.errors import UserError

@@ -9,7 +9,7 @@ import torch
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import deepspeed  # noqa: F401 - here once instead of in each process
 
-from callbacks.checkpoint import DurableCheckpointIO, read_manifest
+from callbacks.durable import DurableCheckpointIO, read_manifest
 from datamodules.batches import Conditions
 from jobs.run.config import load_config
 from jobs.run.folder import build_data, build_module, load_run
