@@ -6,11 +6,8 @@ size. Lengths are fractions of the picture's side, x to the right, y downwards. 
 patient's right is on the picture's left.
 """
 
-import csv
-import json
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,118 +15,27 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
-from datamodules.phantoms.drawing import Array, check_numbers, polar, ramp, round_outline, waves, write_once
+from datamodules.phantoms.chest_scene import ChestScene, air_depth, draw_scene, ellipse, half_width, heart_opacity
+from datamodules.phantoms.drawing import (
+    Array,
+    averaged,
+    check_numbers,
+    phantom_name,
+    pixels,
+    ramp,
+    waves,
+    write_csv,
+    write_once,
+    write_truth,
+)
 
 Points = NDArray[np.float64]
 
 DRAWING = 1
 """Raised by every change that alters a set's bytes, so that a set drawn before is not taken for one drawn after."""
 
-RADII = (0.02, 0.0375)
-"""Least and greatest mean radius of a nodule: 16 to 30 mm across where the picture spans 400 mm."""
-
 BLACK, WHITE, DEEPEST = 300, 3700, 4095
 """Values of black and white, and the greatest there is, in the phantoms of 12 bits."""
-
-
-@dataclass(frozen=True)
-class Nodule:
-    """A round opacity in a lung.
-
-    x, y, radius: centre and mean radius. density: attenuation at the centre, that of the chest without air being 1.
-    texture: seed of the outline.
-    """
-
-    x: float
-    y: float
-    radius: float
-    density: float
-    texture: int
-
-    @property
-    def side(self) -> str:
-        """The patient's: "right" or "left"."""
-        return "right" if self.x < 0.5 else "left"
-
-    def reach(self, x: Array, y: Array) -> Array:
-        """Distance from the centre in radii of the outline: 1 on it. x (1, W), y (H, 1) -> (H, W)."""
-        distance, cosine, sine = polar(x - np.float32(self.x), y - np.float32(self.y))
-        outline = round_outline(cosine, sine, np.random.default_rng(self.texture))
-        return distance / (self.radius * (1 + 0.6 * (outline - 1)))
-
-
-@dataclass(frozen=True)
-class ChestScene:
-    """What one picture shows.
-
-    breadth: greatest half-width of the rib cage's inside. dome: y of the top of the right diaphragm. heart: size, about
-    1. breast: attenuation of the breasts, 0 for none. contrast, exposure: of the film; higher exposure is darker.
-    texture: seed of all that no caption speaks of.
-    """
-
-    nodules: tuple[Nodule, ...]
-    breadth: float
-    dome: float
-    heart: float
-    breast: float
-    contrast: float
-    exposure: float
-    texture: int
-
-    def caption(self) -> str:
-        """Number and sides of the nodules: `chest X-ray with 2 lung nodules in the left lung`."""
-        sides = {side: sum(nodule.side == side for nodule in self.nodules) for side in ("right", "left")}
-        sides = {side: count for side, count in sides.items() if count}
-        count = len(self.nodules)
-        if not count:
-            return "chest X-ray without lung nodules"
-        start = f"chest X-ray with {count} lung nodule{'s' * (count > 1)}"
-        if len(sides) == 1:
-            return f"{start} in the {next(iter(sides))} lung"
-        return f"{start}, {sides['right']} in the right lung and {sides['left']} in the left lung"
-
-    def mask(self, size: int) -> NDArray[np.uint8]:
-        """(size, size): 255 where a pixel's centre lies inside a nodule's outline, else 0."""
-        x, y = _centres(size)
-        inside = np.zeros((size, size), dtype=bool)
-        for nodule in self.nodules:
-            inside |= nodule.reach(x, y) <= 1
-        return np.where(inside, 255, 0).astype(np.uint8)
-
-
-# Scenes
-
-
-def draw_scene(rng: np.random.Generator) -> ChestScene:
-    """A scene drawn by chance: 20 % have no nodule, 45 % one, 23 % two, 12 % three; 40 % show breasts."""
-    scene = ChestScene(
-        nodules=(),
-        breadth=rng.uniform(0.40, 0.445),
-        dome=rng.uniform(0.72, 0.80),
-        heart=rng.uniform(0.85, 1.15),
-        breast=rng.uniform(0.05, 0.12) if rng.random() < 0.4 else 0.0,
-        contrast=rng.uniform(0.85, 1.2),
-        exposure=rng.uniform(-0.1, 0.1),
-        texture=int(rng.integers(2**31)),
-    )
-    nodules: tuple[Nodule, ...] = ()
-    for _ in range(rng.choice(4, p=[0.20, 0.45, 0.23, 0.12])):
-        nodules += _place_nodule(rng, scene, nodules)
-    return ChestScene(**(vars(scene) | {"nodules": nodules}))
-
-
-def _place_nodule(rng: np.random.Generator, scene: ChestScene, others: tuple[Nodule, ...]) -> tuple[Nodule, ...]:
-    """One nodule within a lung and beside `others`, or none where a hundred tries find no place."""
-    radius, density = rng.uniform(*RADII), rng.uniform(0.22, 0.38)
-    angle = np.linspace(0, 2 * np.pi, 8, endpoint=False)
-    for x, y in rng.uniform((0.08, 0.12), (0.92, 0.8), size=(100, 2)).tolist():
-        around = np.stack([[x, y], *np.stack([x + 1.2 * radius * np.cos(angle), y + 1.2 * radius * np.sin(angle)], 1)])
-        points = around.astype(np.float32)
-        aerated = _aerated(scene, points[:, :1], points[:, 1:], _heart(scene, points[:, :1], points[:, 1:]))
-        free = all(np.hypot(x - other.x, y - other.y) > 1.3 * (radius + other.radius) for other in others)
-        if free and aerated.min() > 0.5:
-            return (Nodule(x, y, radius, density, int(rng.integers(2**31))),)
-    return ()
 
 
 # Pixels
@@ -140,21 +46,15 @@ def render(scene: ChestScene, size: int) -> Array:
     rng = np.random.default_rng(scene.texture)
     finer = 2 if size < 512 else 1
     side = finer * size
-    x, y = _centres(side)
+    x, y = pixels(side)
     attenuation = _chest(scene, x, y, rng)
     for nodule in scene.nodules:
         q = nodule.reach(x, y)
         attenuation += nodule.density * np.sqrt((1 - q * q).clip(0, 1))  # the chord through a ball
-    attenuation = attenuation.reshape(size, finer, size, finer).mean(axis=(1, 3))
+    attenuation = averaged(attenuation, finer)
     # The fewer photons come through, the coarser they count.
     attenuation += 0.016 * rng.standard_normal((size, size), dtype=np.float32) * np.exp(0.5 * (attenuation - 0.5))
     return 1 / (1 + np.exp(-3.6 * scene.contrast * (attenuation - 0.66 + scene.exposure)))
-
-
-def _centres(side: int) -> tuple[Array, Array]:
-    """Places of the pixels' centres: x (1, side) and y (side, 1)."""
-    x = ((np.arange(side, dtype=np.float32) + 0.5) / side)[None]
-    return x, x.T
 
 
 def _chest(scene: ChestScene, x: Array, y: Array, rng: np.random.Generator) -> Array:
@@ -162,8 +62,8 @@ def _chest(scene: ChestScene, x: Array, y: Array, rng: np.random.Generator) -> A
     side = x.size
     # No border of a body is a formula's smooth curve; the nodules' places are known to within this warp.
     xw, yw = x + 0.004 * waves(x, y, rng, 1.5), y + 0.004 * waves(x, y, rng, 1.5)
-    heart, body = _heart(scene, xw, yw), _body(scene, x, y)
-    aerated = _aerated(scene, xw, yw, heart)
+    heart, body = heart_opacity(scene, xw, yw), _body(scene, x, y)
+    aerated = air_depth(scene, xw, yw, heart)
     total = body * (1 + 0.10 * ramp(0.05, 0.11, y - scene.dome))
     total -= 0.78 * (0.55 + 0.45 * ramp(0.1, 0.55, y)) * aerated
     total += 0.05 * heart + 0.55 * _spine(x, y) + _bones(scene, side, rng) * body
@@ -173,22 +73,10 @@ def _chest(scene: ChestScene, x: Array, y: Array, rng: np.random.Generator) -> A
         total += 0.12 * np.exp(-spot) * aerated
     total -= _airway(x, y)
     for across in (-0.21, 0.21) if scene.breast else ():
-        total += scene.breast * _ellipse(x, y, (0.5 + across, 0.60), (0.165, 0.165), 0, 0.12) * ramp(0.45, 0.72, y)
-    total -= 0.28 * _ellipse(x, y, (0.66, scene.dome + 0.105), (0.06, 0.03), 0.1, 0.25)  # gas in the stomach
+        total += scene.breast * ellipse(x, y, (0.5 + across, 0.60), (0.165, 0.165), 0, 0.12) * ramp(0.45, 0.72, y)
+    total -= 0.28 * ellipse(x, y, (0.66, scene.dome + 0.105), (0.06, 0.03), 0.1, 0.25)  # gas in the stomach
     grain = 0.018 * waves(x, y, rng, 14, 40) + 0.012 * waves(x, y, rng, 30, 60)
     return total + grain * aerated + 0.012 * waves(x, y, rng, 3) * body
-
-
-def _ellipse(x: Array, y: Array, centre: Sequence[float], axes: Sequence[float], turn: float, soft: float) -> Array:
-    """1 inside, 0 outside, over a border of `soft` half-axes to either side."""
-    dx, dy, cosine, sine = x - centre[0], y - centre[1], math.cos(turn), math.sin(turn)
-    along, across = (cosine * dx + sine * dy) / axes[0], (cosine * dy - sine * dx) / axes[1]
-    return ramp(1 + soft, 1 - soft, np.sqrt(along**2 + across**2))
-
-
-def _wall(scene: ChestScene, y: Array) -> Array:
-    """Half-width of the rib cage's inside at the heights y."""
-    return scene.breadth * (1 - np.abs((y - 0.74) / 0.65).clip(0, 1) ** 2.4) ** (1 / 2.4)
 
 
 def _body(scene: ChestScene, x: Array, y: Array) -> Array:
@@ -196,38 +84,8 @@ def _body(scene: ChestScene, x: Array, y: Array) -> Array:
     u = np.abs(x - 0.5)
     out = (u - 0.125).clip(0, None)  # beside the neck
     shoulder = 0.075 * (1 - np.exp(-out / 0.03)) + 0.22 * out - 0.02
-    flank = _wall(scene, y.clip(0.30, 0.74)) + 0.055 + 0.35 * ramp(0.52, 0.20, y)
+    flank = half_width(scene, y.clip(0.30, 0.74)) + 0.055 + 0.35 * ramp(0.52, 0.20, y)
     return np.sqrt(((y - shoulder) / 0.10).clip(0, 1)) * np.sqrt(((flank - u) / 0.10).clip(0, 1))
-
-
-def _aerated(scene: ChestScene, x: Array, y: Array, heart: Array) -> Array:
-    """Depth of air (H, W) in both lungs, at most 1; little before and behind the heart."""
-    return (_lung(scene, x, y, -1) + _lung(scene, x, y, 1)) * (1 - 0.9 * heart)
-
-
-def _lung(scene: ChestScene, x: Array, y: Array, side: int) -> Array:
-    """Depth of air of the right (side -1) or left (1) lung."""
-    u = side * (x - 0.5)
-    lateral = ((_wall(scene, y) - u) / 0.14).clip(0, 1)
-    medial = ramp(0.048, 0.088, u + 0.012 * ramp(0.12, 0.3, y))
-    off = (u - 0.17) / 0.22
-    dome = scene.dome + 0.03 * (side > 0) + 0.03 * off**2 + 0.08 * off.clip(0) ** 2
-    above = ramp(-0.012, 0.03, dome - y)
-    behind = 0.12 * ramp(0.14, 0.0, y - dome)  # the lung reaches down behind the dome
-    return np.sqrt(lateral * (2 - lateral)) * medial * (above + (1 - above) * behind)
-
-
-def _heart(scene: ChestScene, x: Array, y: Array) -> Array:
-    """Opacity (H, W) of heart and great vessels: ventricles, right atrium, aortic knob, pulmonary trunk, column."""
-    size, low = scene.heart, scene.dome - 0.105
-    parts = [
-        _ellipse(x, y, (0.5 + 0.065 * size, low), (0.165 * size, 0.115 * size), 0.5, 0.08),
-        _ellipse(x, y, (0.485, low - 0.01), (0.085 * size, 0.11 * size), 0, 0.10),
-        _ellipse(x, y, (0.535, 0.31), (0.043, 0.043), 0, 0.12),
-        _ellipse(x, y, (0.54, 0.435), (0.045 * size, 0.06), -0.3, 0.18),
-        _ellipse(x, y, (0.5, 0.40), (0.062, 0.22), 0, 0.10),
-    ]
-    return np.maximum.reduce(parts)
 
 
 def _spine(x: Array, y: Array) -> Array:
@@ -283,7 +141,7 @@ def _rib(scene: ChestScene, number: int, right_left: int, start: float, end: flo
     """Points (40, 2) of rib 1 to 11 from `start` to `end`: 0 at the spine, 0.5 at the flank, 1 at the sternum."""
     top, drop = 0.075 + 0.06 * number, 0.07 + 0.021 * number
     theta = np.pi * (start + (end - start) * np.linspace(0, 1, 40) ** 1.5)
-    reach = float(_wall(scene, np.float32(min(top + drop / 2, 0.74)))) + 0.012
+    reach = float(half_width(scene, np.float32(min(top + drop / 2, 0.74)))) + 0.012
     x = 0.5 + right_left * (0.03 + (reach - 0.03) * np.sin(theta) ** 0.8)
     y = top + drop * (0.25 * (1 - np.cos(theta)) + 0.5 * theta / np.pi) - 0.016 * np.sin(2 * theta).clip(0)
     return np.stack([x, y], axis=1)
@@ -362,7 +220,7 @@ def write_chest(
     """
     check_numbers(images, size, seed, least_size=48)
     recipe = {"phantoms": "chest", "drawing": DRAWING, "images": images, "seed": seed, "size": size, "dicom": dicom}
-    names = [f"phantom-{index:06}" for index in range(images)]
+    names = [phantom_name(index) for index in range(images)]
     pictures = [f"images/{name}{_suffix(index, dicom)}" for index, name in enumerate(names)]
     files = ["captions.csv", "truth.json", *pictures, *(f"masks/{name}.png" for name in names)]
     return write_once(out, recipe, files, lambda folder: _write_set(folder, names, pictures, recipe, progress))
@@ -387,12 +245,11 @@ def _write_set(
         _write_picture(folder / picture, render(scene, recipe["size"]), index, recipe)
         Image.fromarray(scene.mask(recipe["size"])).save(folder / "masks" / f"{name}.png")
         rows.append((name, scene.caption()))
-        entries.append(json.dumps({"name": name, "caption": scene.caption(), "scene": asdict(scene)}))
+        entries.append({"name": name, "caption": scene.caption(), "scene": asdict(scene)})
         if progress:
             progress(index + 1)
-    with (folder / "captions.csv").open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file, lineterminator="\n").writerows(rows)
-    (folder / "truth.json").write_text("[\n" + ",\n".join(entries) + "\n]\n", encoding="utf-8")
+    write_csv(folder / "captions.csv", rows)
+    write_truth(folder, entries)
 
 
 def _write_picture(path: Path, grey: Array, index: int, recipe: dict[str, Any]) -> None:

@@ -4,8 +4,9 @@ A field is float32 (H, W) over the picture; x (1, W) and y (H, 1) are its pixels
 A set comes onto the disk whole or not at all, and never twice.
 """
 
+import csv
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,18 @@ Array = NDArray[np.float32]
 RECIPE_FILE = "phantom.json"
 
 # Fields
+
+
+def pixels(side: int) -> tuple[Array, Array]:
+    """Places of the centres of a picture's pixels: x (1, side) and y (side, 1)."""
+    x = ((np.arange(side, dtype=np.float32) + 0.5) / side)[None]
+    return x, x.T
+
+
+def averaged(field: Array, finer: int) -> Array:
+    """A field (..., H, W) as (..., H / finer, W / finer): the means of squares of `finer` x `finer` pixels."""
+    *outer, height, width = field.shape
+    return field.reshape(*outer, height // finer, finer, width // finer, finer).mean(axis=(-3, -1))
 
 
 def ramp(low: float, high: float, value: Array) -> Array:
@@ -64,6 +77,23 @@ def check_numbers(images: int, size: int, seed: int, least_size: int) -> None:
     if images < 1 or size < least_size or seed < 0:
         given = f"images={images}, size={size}, seed={seed}"
         raise UserError(f"{given}: give images >= 1, size >= {least_size} and seed >= 0")
+
+
+def phantom_name(index: int) -> str:
+    """Name of the picture `index`, counted from 0, without suffix."""
+    return f"phantom-{index:06}"
+
+
+def write_csv(path: Path, rows: Iterable[Sequence[str]], separator: str = ",") -> None:
+    """Write the rows, the header first, as UTF-8 with plain line feeds."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, delimiter=separator, lineterminator="\n").writerows(rows)
+
+
+def write_truth(folder: Path, entries: Iterable[dict[str, Any]]) -> None:
+    """Write `truth.json`: a list of what is true of each picture, one picture a line."""
+    lines = ",\n".join(json.dumps(entry) for entry in entries)
+    (folder / "truth.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
 
 def write_once(out: Path, recipe: dict[str, Any], files: Sequence[str], fill: Callable[[Path], None]) -> bool:

@@ -13,7 +13,8 @@ from PIL import Image
 
 from datamodules.chest_xray import ChestXRay, ChestXRayConfig
 from datamodules.files.dicom import read_dicom
-from datamodules.phantoms.chest import RADII, ChestScene, Nodule, draw_scene, render, write_chest
+from datamodules.phantoms.chest import render, write_chest
+from datamodules.phantoms.chest_scene import RADII, ChestScene, Nodule, draw_scene
 from medsynth.errors import UserError
 
 

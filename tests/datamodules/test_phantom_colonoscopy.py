@@ -11,16 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datamodules.phantoms.colonoscopy import (
-    COLOURS,
-    ColonoscopyScene,
-    Instrument,
-    Polyp,
-    draw_scene,
-    prompts,
-    render,
-    write_colonoscopy,
-)
+from datamodules.phantoms.colonoscopy import render, write_colonoscopy
+from datamodules.phantoms.colonoscopy_scene import COLOURS, ColonoscopyScene, Instrument, Polyp, draw_scene, prompts
 from medsynth.errors import UserError
 
 

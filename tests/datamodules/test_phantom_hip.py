@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from datamodules.files.layouts import LAYOUTS, read_catalogue
-from datamodules.phantoms.hip import GRADES, HipScene, draw_scene, norberg_angle, render, write_hips
+from datamodules.phantoms.hip import render, write_hips
+from datamodules.phantoms.hip_scene import GRADES, HipScene, draw_scene, norberg_angle
 from medsynth.errors import UserError
 
 
