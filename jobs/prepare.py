@@ -94,7 +94,7 @@ def convert(source: Path, layout: str, out: Path, shard_size: int, source_layout
     """
     from rich.progress import Progress
 
-    from datamodules.files.layouts import convert
+    from datamodules.files.layout_writers import convert
 
     with Progress(transient=True) as progress:
         task = progress.add_task("converting", total=None)

@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from datamodules.files.layouts import Entry, layout_writer, read_catalogue
+from datamodules.files.layout_writers import layout_writer
+from datamodules.files.layouts import Entry, read_catalogue
 from datamodules.phantoms.drawing import (
     Array,
     averaged,

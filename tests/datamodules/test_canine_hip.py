@@ -9,7 +9,8 @@ import torch
 from omegaconf import OmegaConf
 
 from datamodules.canine_hip import CanineHip, CanineHipConfig
-from datamodules.files.layouts import LAYOUTS, convert
+from datamodules.files.layout_writers import convert
+from datamodules.files.layouts import LAYOUTS
 from datamodules.phantoms.hip import write_hips
 from jobs.run.registry import data_class
 from medsynth.errors import UserError

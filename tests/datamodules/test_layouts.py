@@ -13,7 +13,8 @@ import webdataset
 from click.testing import CliRunner
 from PIL import Image
 
-from datamodules.files.layouts import LAYOUTS, Entry, convert, layout_writer, read_catalogue
+from datamodules.files.layout_writers import convert, layout_writer
+from datamodules.files.layouts import LAYOUTS, Entry, read_catalogue
 from jobs.prepare import main
 from medsynth.errors import UserError
 
