@@ -4,15 +4,15 @@ import signal
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any, Generic, Optional, TypeVar
 
 import lightning as L
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.batches import Conditions, Drawing, collate
-from datamodules.stream import EvaluationSampler, StreamBatchSampler, StreamLoader
+from datamodules.batches import Conditions, Drawing, ImageBatch, Sample, collate
+from datamodules.stream import EvaluationSampler, SampleOrder, StreamBatchSampler, StreamLoader
 from medsynth.errors import UserError
 
 
@@ -38,16 +38,72 @@ class DataConfig:
     """Folder that `medsynth encode` wrote: training reads latents from it instead of pictures."""
 
 
-class ImageDataModule(L.LightningDataModule, ABC):
+ConfigT = TypeVar("ConfigT", bound=DataConfig)
+
+
+class SizedDataset(Dataset[Tensor], ABC):
+    """Maps an index below its length to a picture, uint8 (3, H, W)."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+
+class TrainingSamples(Dataset[ImageBatch], ABC):
+    """Maps a stream position to one `ImageBatch` of one row.
+
+    stream: position -> (pass, index), `length` positions a pass.
+    """
+
+    stream: SampleOrder
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> ImageBatch:
+        """The row at the stream position `index`."""
+
+    @abstractmethod
+    def sample(self, pass_: int, index: int) -> Sample:
+        """Sample `index`, below the set's length, as that pass shows it."""
+
+    @abstractmethod
+    def without_picture(self, pass_: int, index: int) -> Sample:
+        """`sample` with the picture None, which is read only where the control needs it."""
+
+
+class ValidationSamples(Dataset[ImageBatch], ABC):
+    """Maps an index to one `ImageBatch` of one row: no augmentation, fixed seed; -1 is padding, any row of seed -1."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> ImageBatch: ...
+
+    @abstractmethod
+    def sample(self, index: int) -> Sample:
+        """Sample `index`."""
+
+    @abstractmethod
+    def without_picture(self, index: int) -> Sample:
+        """`sample` with the picture None, which is read only where the control needs it."""
+
+    @abstractmethod
+    def noise_seed(self, index: int) -> int:
+        """The seed of sample `index`; -1 for padding."""
+
+
+class ImageDataModule(L.LightningDataModule, ABC, Generic[ConfigT]):
     """A data set as training batches, validation batches, reference pictures and prompts.
 
     A subclass gives the data sets and the prompts; the order, the sharding and the resume stand here. The trainer is
     asked for rank and world size only; without one there is a single process.
     """
 
-    config: DataConfig
+    config: ConfigT
 
-    def __init__(self, config: DataConfig, seed: int = 0, batch_size: int = 1, accumulate: int = 1):
+    def __init__(self, config: ConfigT, seed: int = 0, batch_size: int = 1, accumulate: int = 1):
         """Make, but do not read, the data set.
 
         seed: fixes split, order, augmentation and noise. batch_size: samples a device and micro-batch. accumulate:
@@ -73,25 +129,15 @@ class ImageDataModule(L.LightningDataModule, ABC):
         """Hex digest of the pictures' names, byte sizes and split, the prompts, and the config that shapes them."""
 
     @abstractmethod
-    def training_set(self) -> Dataset:
-        """Maps a stream position to one `ImageBatch` of one row.
-
-        It also has `stream`, the `SampleStream` or its like: position -> (pass, index), `length` positions a pass. And
-        what a cache is made of: `sample(pass, index)`, the `Sample` as that pass shows it, for every index below the
-        set's length; `without_picture(pass, index)`, the same with the picture None, which reads no picture unless the
-        control needs it.
-        """
+    def training_set(self) -> TrainingSamples:
+        """What training reads, and a cache of latents is made of."""
 
     @abstractmethod
-    def validation_set(self) -> Dataset:
-        """Maps an index to one `ImageBatch` of one row: no augmentation, fixed seed.
-
-        The index -1 is padding: any row, with seed -1. It also has `sample(index)` and `without_picture(index)`, as the
-        training set has, and `noise_seed(index)`, -1 for padding.
-        """
+    def validation_set(self) -> ValidationSamples:
+        """What validation reads, and a cache of latents is made of."""
 
     @abstractmethod
-    def reference_set(self, split: str) -> Dataset:
+    def reference_set(self, split: str) -> SizedDataset:
         """The real pictures a generator is scored against: uint8 (3, H, W) at the training resolution, no augmentation.
 
         `split`: "train", "val" or "all".
@@ -143,10 +189,10 @@ class ImageDataModule(L.LightningDataModule, ABC):
         position = self._loader.position if self._loader else self._position
         return {"position": position, "accumulate": self.accumulate}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self._position = state["position"]
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self._position = state_dict["position"]
         if self._loader:  # a strategy that loads after its set-up may have had it made already
-            self._loader.load_state_dict(state)
+            self._loader.load_state_dict(state_dict)
 
     def rescale_progress(self, checkpoint: dict[str, Any]) -> None:
         """Restate a checkpoint's counts of micro-batches in those of this run, before Lightning restores them.

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -20,22 +20,23 @@ def _select(value: Any, index: slice | Sequence[int]) -> Any:
     return value[index]
 
 
+@dataclass(frozen=True)
 class _Rows:
     """What the batch types share: every field is None or has one row a sample."""
 
-    def __getitem__(self, index: slice | Sequence[int] | Tensor):
+    def __getitem__(self, index: slice | Sequence[int] | Tensor) -> Self:
         """The rows of a slice, a list of indices, or a tensor (m,) of indices or bool (n,) mask."""
         if isinstance(index, Tensor):
             index = (index.nonzero()[:, 0] if index.dtype == torch.bool else index).tolist()
         return replace(self, **{f.name: _select(getattr(self, f.name), index) for f in fields(self)})
 
-    def to(self, device: torch.device | str, non_blocking: bool = False):
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """The same rows with every tensor on `device`."""
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
         moved = {k: v.to(device, non_blocking=non_blocking) if hasattr(v, "to") else v for k, v in moved.items()}
         return replace(self, **moved)
 
-    def pin_memory(self):
+    def pin_memory(self) -> Self:
         """The same rows in page-locked memory, for the DataLoader."""
         pinned = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{k: v.pin_memory() if hasattr(v, "pin_memory") else v for k, v in pinned.items()})
@@ -98,7 +99,7 @@ class ImageBatch(_Rows):
             raise ValueError("the batch has latents in the place of pictures")
         return self.images
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "ImageBatch":
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """The same rows with every tensor but the seeds on `device`: generators are seeded from the CPU."""
         return replace(super().to(device, non_blocking), seeds=self.seeds)
 

@@ -6,10 +6,9 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from datamodules.base import ImageDataModule
-from datamodules.batches import Conditions, Drawing, ImageBatch
+from datamodules.base import ImageDataModule, SizedDataset, TrainingSamples, ValidationSamples
+from datamodules.batches import Conditions, Drawing, ImageBatch, Sample
 from datamodules.files.latents import VALIDATION, Cache, CachedText, ShardedRows, variant_part
 from datamodules.stream import derive_seed
 
@@ -47,18 +46,18 @@ class CachedLatents(ImageDataModule):
             self._text.require(source.all_captions())
         self._verified = False
 
-    def setup(self, stage: str | None = None) -> None:
+    def setup(self, stage: str) -> None:
         """Verify every byte of the cache, once a run."""
         self.source.setup(stage)
         if not self._verified:
             self.cache.verify(*self._rank_and_world())
             self._verified = True
 
-    def training_set(self) -> Dataset:
+    def training_set(self) -> TrainingSamples:
         variants = [self.cache.part(variant_part(k)) for k in range(self.cache.variants)]
         return _CachedTraining(self.source.training_set(), variants, self._text, self.seed)
 
-    def validation_set(self) -> Dataset:
+    def validation_set(self) -> ValidationSamples:
         return _CachedValidation(self.source.validation_set(), self.cache.part(VALIDATION), self._text)
 
     def check(self, on_progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
@@ -67,7 +66,7 @@ class CachedLatents(ImageDataModule):
     def fingerprint(self) -> str:
         return self.source.fingerprint()
 
-    def reference_set(self, split: str) -> Dataset:
+    def reference_set(self, split: str) -> SizedDataset:
         return self.source.reference_set(split)
 
     def evaluation_conditions(self, rows: int | Sequence[int]) -> Conditions:
@@ -89,8 +88,8 @@ class CachedLatents(ImageDataModule):
         self.source.write_split(run_dir)
 
 
-class _CachedTraining(Dataset):
-    def __init__(self, source: Dataset, variants: list[ShardedRows], text: CachedText | None, seed: int):
+class _CachedTraining(TrainingSamples):
+    def __init__(self, source: TrainingSamples, variants: list[ShardedRows], text: CachedText | None, seed: int):
         self.source, self.variants, self.text, self.seed = source, variants, text, seed
         self.stream = source.stream
 
@@ -103,9 +102,15 @@ class _CachedTraining(Dataset):
         row = self.source.without_picture(variant, index).row(derive_seed(self.seed, "noise", position))
         return _filled(row, self.variants[variant].encoded(index), self.text)
 
+    def sample(self, pass_: int, index: int) -> Sample:
+        return self.source.sample(pass_, index)
 
-class _CachedValidation(Dataset):
-    def __init__(self, source: Dataset, latents: ShardedRows, text: CachedText | None):
+    def without_picture(self, pass_: int, index: int) -> Sample:
+        return self.source.without_picture(pass_, index)
+
+
+class _CachedValidation(ValidationSamples):
+    def __init__(self, source: ValidationSamples, latents: ShardedRows, text: CachedText | None):
         self.source, self.latents, self.text = source, latents, text
 
     def __len__(self) -> int:
@@ -115,9 +120,18 @@ class _CachedValidation(Dataset):
         row = self.source.without_picture(index).row(self.source.noise_seed(index))
         return _filled(row, self.latents.encoded(index % len(self)), self.text)
 
+    def sample(self, index: int) -> Sample:
+        return self.source.sample(index)
+
+    def without_picture(self, index: int) -> Sample:
+        return self.source.without_picture(index)
+
+    def noise_seed(self, index: int) -> int:
+        return self.source.noise_seed(index)
+
 
 def _filled(row: ImageBatch, encoded: dict[str, Tensor], text: CachedText | None) -> ImageBatch:
-    embeddings, mask = text(row.conditions.captions) if text else (None, None)
+    embeddings, mask = text(row.conditions.captions or []) if text else (None, None)
     image = encoded["image_embeddings"][None] if "image_embeddings" in encoded else None
     return replace(
         row, latents=encoded["moments"][None], image_embeddings=image, text_embeddings=embeddings, text_mask=mask

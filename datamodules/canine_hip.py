@@ -41,14 +41,13 @@ class CanineHipConfig(CaptionedConfig):
         self.require_choice(layout=("auto", *LAYOUTS))
 
 
-class CanineHip(CaptionedDataModule):
+class CanineHip(CaptionedDataModule[CanineHipConfig]):
     """One pair a picture. Folders `train`, `validation` and `test`, where there are such, are the split.
 
     Of the counts that `check` gives, "test pictures" are those that neither train nor validate.
     """
 
     Config = CanineHipConfig
-    config: CanineHipConfig
 
     def _read(self, on_progress: Progress | None) -> Contents:
         config = self.config
@@ -75,7 +74,7 @@ class CanineHip(CaptionedDataModule):
         return Contents(train, val, pictures, summary)
 
 
-class ShardPictures(Pictures):
+class ShardPictures(Pictures[CanineHipConfig]):
     """Pictures in tar shards."""
 
     def __init__(self, shards: Shards, config: CanineHipConfig):

@@ -12,19 +12,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Generic, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from datamodules.base import DataConfig, ImageDataModule
+from datamodules.base import DataConfig, ImageDataModule, SizedDataset, TrainingSamples, ValidationSamples
 from datamodules.batches import Conditions, ImageBatch, Sample
 from datamodules.files.images import MOST_PIXELS, Geometry, jitter, random_flips
 from datamodules.files.pictures import Pictures
 from datamodules.files.tables import Table
-from datamodules.stream import SampleStream, derive_seed
+from datamodules.stream import SampleOrder, SampleStream, derive_seed
 from medsynth.errors import UserError
 from medsynth.files import write_whole
 
@@ -121,15 +120,17 @@ class Contents:
     classes: list[str] | None = None
 
 
-class CaptionedDataModule(ImageDataModule):
+CaptionedT = TypeVar("CaptionedT", bound=CaptionedConfig)
+
+
+class CaptionedDataModule(ImageDataModule[CaptionedT]):
     """Pairs of picture and prompt, split by picture so that no validation picture is ever trained on."""
 
     Config = CaptionedConfig
-    config: CaptionedConfig
     shaping: ClassVar[tuple[str, ...]] = ("resolution", "square")
     """Config keys that change what reference pictures or prompts are, and so the fingerprint."""
 
-    def __init__(self, config: CaptionedConfig, seed: int = 0, batch_size: int = 1, accumulate: int = 1):
+    def __init__(self, config: CaptionedT, seed: int = 0, batch_size: int = 1, accumulate: int = 1):
         super().__init__(config, seed, batch_size, accumulate)
         self._root = Path(config.root).expanduser()
         self._found: Contents | None = None
@@ -229,6 +230,7 @@ class CaptionedDataModule(ImageDataModule):
     @property
     def _contents(self) -> Contents:
         self.check()
+        assert self._found is not None
         return self._found
 
     def faults(self, pictures: Pictures, names: Sequence[str], on_progress: Progress | None) -> dict[str, str]:
@@ -281,27 +283,27 @@ def picture_names(pairs: Iterable[Pair]) -> list[str]:
     return sorted({pair.picture for pair in pairs})
 
 
-class _CaptionedSet(Dataset):
-    def __init__(self, pairs: list[Pair], pictures: Pictures, config: CaptionedConfig, seed: int):
+class _CaptionedSet(Generic[CaptionedT]):
+    def __init__(self, pairs: list[Pair], pictures: Pictures, config: CaptionedT, seed: int):
         self.pairs, self.pictures, self.config, self.seed = pairs, pictures, config, seed
 
     def __len__(self) -> int:
         return len(self.pairs)
 
 
-class TrainingSet(_CaptionedSet):
+class TrainingSet(_CaptionedSet[CaptionedT], TrainingSamples):
     """Stream position -> one augmented sample.
 
     Augmentation is drawn from (seed, pass, index), the noise seed from (seed, position): what a sample looks like in a
     pass does not depend on when its turn comes, so that it can be encoded beforehand.
     """
 
-    def __init__(self, pairs: list[Pair], pictures: Pictures, config: CaptionedConfig, seed: int):
+    def __init__(self, pairs: list[Pair], pictures: Pictures, config: CaptionedT, seed: int):
         super().__init__(pairs, pictures, config, seed)
-        self.stream = SampleStream(len(pairs), seed)
+        self.stream: SampleOrder = SampleStream(len(pairs), seed)
 
-    def __getitem__(self, position: int) -> ImageBatch:
-        return self.sample(*self.stream(position)).row(derive_seed(self.seed, "noise", position))
+    def __getitem__(self, index: int) -> ImageBatch:
+        return self.sample(*self.stream(index)).row(derive_seed(self.seed, "noise", index))
 
     def sample(self, pass_: int, index: int) -> Sample:
         """Sample `index` as that pass shows it."""
@@ -336,7 +338,7 @@ class TrainingSet(_CaptionedSet):
         return self.pictures.control(self.pairs[index].picture, geometry, read, rng)
 
 
-class ValidationSet(_CaptionedSet):
+class ValidationSet(_CaptionedSet[CaptionedConfig], ValidationSamples):
     """Index -> one sample without augmentation, with the picture's own prompt; -1 is padding."""
 
     def __getitem__(self, index: int) -> ImageBatch:
@@ -361,7 +363,7 @@ class ValidationSet(_CaptionedSet):
         return -1 if index < 0 else derive_seed(self.seed, "validation", index)
 
 
-class ReferenceSet(Dataset):
+class ReferenceSet(SizedDataset):
     """Index -> one distinct picture, uint8 (3, R, R), made square as for validation."""
 
     def __init__(self, names: list[str], pictures: Pictures, config: CaptionedConfig):

@@ -104,10 +104,8 @@ class XRayFolder(PictureFolder):
         return iter(sorted(self._names))
 
 
-class XRayPictures(Pictures):
+class XRayPictures(Pictures[ChestXRayConfig]):
     """Pictures of 8 or 16 bits or DICOM, with the masks and depth maps that `data.controls` asks for."""
-
-    config: ChestXRayConfig
 
     def __init__(self, root: Path, config: ChestXRayConfig):
         super().__init__(root / config.images, config)
@@ -193,11 +191,10 @@ class XRayPictures(Pictures):
             raise UserError(f"{path} reaches {highest} where data.mask_max={most}: set it to the masks' greatest value")
 
 
-class ChestXRay(CaptionedDataModule):
+class ChestXRay(CaptionedDataModule[ChestXRayConfig]):
     """Pairs of picture and caption, each with what steers its generation."""
 
     Config = ChestXRayConfig
-    config: ChestXRayConfig
     shaping: ClassVar[tuple[str, ...]] = (
         *CaptionedDataModule.shaping,
         *("controls", "canny_low", "canny_high", "canny_blur", "mask_max", "window", "sixteen_bit"),
@@ -221,10 +218,12 @@ class ChestXRay(CaptionedDataModule):
         """
         from datamodules.files.depth import write_depth_maps
 
+        source = self.config.depth_model
+        assert source is not None  # `model` is its folder
         pictures = XRayPictures(self._root, replace(self.config, controls=[]))
         names = list(self._folder())
         return write_depth_maps(
-            pictures.open_picture, names, self._root / self.config.depth, self.config.depth_model, model, on_progress
+            pictures.open_picture, names, self._root / self.config.depth, source, model, on_progress
         )
 
     def _folder(self) -> XRayFolder:

@@ -75,7 +75,7 @@ class CytologyConfig(CaptionedConfig):
         self.require_range(1, 10, "zoom")
 
 
-class Cytology(CaptionedDataModule):
+class Cytology(CaptionedDataModule[CytologyConfig]):
     """One pair a picture, with its class as label: the classes are numbered in the order of their names.
 
     The other lines of the template are the pair's paraphrases. Of the counts that `check` gives, "test pictures" are
@@ -83,7 +83,6 @@ class Cytology(CaptionedDataModule):
     """
 
     Config = CytologyConfig
-    config: CytologyConfig
 
     def training_set(self) -> "CytologyTrainingSet":
         pairs = _balanced(self._contents.train) if self.config.balance else self._contents.train
@@ -166,10 +165,8 @@ class Cytology(CaptionedDataModule):
         return _PLACEHOLDER.sub(lambda found: values[found[0]], line)
 
 
-class CytologyTrainingSet(TrainingSet):
+class CytologyTrainingSet(TrainingSet[CytologyConfig]):
     """A training set whose prompts are drawn from a template and whose pictures are turned, flipped and zoomed."""
-
-    config: CytologyConfig
 
     def _draw(self, pass_: int, index: int) -> tuple[str, "AffineGeometry", np.random.Generator]:
         rng, config = np.random.default_rng(derive_seed(self.seed, "augment", pass_, index)), self.config
@@ -216,7 +213,7 @@ class AffineGeometry(Geometry):
 
 def _balanced(pairs: list[Pair]) -> list[Pair]:
     """The pairs, those of smaller classes again and again until each class has as many as the largest."""
-    by_class: dict[int, list[Pair]] = {}
+    by_class: dict[int | None, list[Pair]] = {}
     for pair in pairs:
         by_class.setdefault(pair.label, []).append(pair)
     most = max(map(len, by_class.values()))

@@ -60,7 +60,7 @@ class DreamBoothConfig(CaptionedConfig):
             raise UserError(f"data.class_pictures={self.class_pictures}: must not be negative")
 
 
-class DreamBoothData(CaptionedDataModule):
+class DreamBoothData(CaptionedDataModule[DreamBoothConfig]):
     """Pictures of the subject and, as every other sample, class pictures.
 
     Of the counts that `check` gives, "pictures" are those of the subject. A pass shows each of those that train once,
@@ -68,7 +68,6 @@ class DreamBoothData(CaptionedDataModule):
     """
 
     Config = DreamBoothConfig
-    config: DreamBoothConfig
 
     def __init__(self, config: DreamBoothConfig, seed: int = 0, batch_size: int = 1, accumulate: int = 1):
         super().__init__(config, seed, batch_size, accumulate)
@@ -235,7 +234,7 @@ class AlternatingStream:
         return pass_, self._subject.length + index
 
 
-class DreamBoothTrainingSet(TrainingSet):
+class DreamBoothTrainingSet(TrainingSet[DreamBoothConfig]):
     """Pictures of the subject, then class pictures; where there are such the stream takes them in turn."""
 
     def __init__(self, pairs: list[Pair], pictures: Pictures, config: DreamBoothConfig, seed: int):

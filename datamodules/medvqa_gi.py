@@ -61,7 +61,7 @@ class MedVQAGIConfig(CaptionedConfig):
         self.require_range(0, 1, "paraphrase_probability")
 
 
-class MedVQAGI(CaptionedDataModule):
+class MedVQAGI(CaptionedDataModule[MedVQAGIConfig]):
     """Pairs of picture and prompt, about ten of each picture.
 
     Of the counts that `check` gives, "pairs" are the good rows; those that repeat a picture's prompt are counted as
@@ -69,7 +69,6 @@ class MedVQAGI(CaptionedDataModule):
     """
 
     Config = MedVQAGIConfig
-    config: MedVQAGIConfig
     shaping: ClassVar[tuple[str, ...]] = (*CaptionedDataModule.shaping, "samples", "paraphrase_strategy")
 
     def training_set(self) -> "PromptTrainingSet":
@@ -138,10 +137,8 @@ class MedVQAGI(CaptionedDataModule):
         return len(folder) - len(names)
 
 
-class PromptTrainingSet(TrainingSet):
+class PromptTrainingSet(TrainingSet[MedVQAGIConfig]):
     """A training set whose prompts have paraphrases."""
-
-    config: MedVQAGIConfig
 
     def _draw_caption(self, rng: np.random.Generator, pair: Pair) -> str:
         config = self.config

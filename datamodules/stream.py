@@ -7,12 +7,13 @@ whoever draws position p gets the same picture, prompt and noise, on one process
 
 import hashlib
 from collections.abc import Iterator
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from datamodules.batches import collate
+from datamodules.batches import ImageBatch, collate
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -20,6 +21,14 @@ def derive_seed(*parts: int | str) -> int:
     plain = tuple(part if isinstance(part, str) else int(part) for part in parts)  # NumPy's integers print otherwise
     digest = hashlib.blake2b(repr(plain).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
+
+
+class SampleOrder(Protocol):
+    """stream position -> (pass, index); a pass is `length` positions."""
+
+    length: int
+
+    def __call__(self, position: int) -> tuple[int, int]: ...
 
 
 class SampleStream:
@@ -70,10 +79,10 @@ class StreamBatchSampler(Sampler[list[int]]):
             yield list(range(first, first + self.batch_size))
 
 
-class StreamLoader(DataLoader):
+class StreamLoader(DataLoader[ImageBatch]):
     """A DataLoader over the stream that knows how far training has come, prefetching aside."""
 
-    def __init__(self, dataset: Dataset, sampler: StreamBatchSampler, **kwargs):
+    def __init__(self, dataset: Dataset[ImageBatch], sampler: StreamBatchSampler, **kwargs: Any):
         super().__init__(dataset, batch_sampler=sampler, collate_fn=collate, **kwargs)
         self._stream = sampler
         self._taken = 0  # micro-batches handed out since `_stream.position`
@@ -83,7 +92,8 @@ class StreamLoader(DataLoader):
         """Samples of the stream that whole optimizer steps have consumed."""
         return self._stream.position + self._taken // self._stream.accumulate * self._stream.global_batch_size
 
-    def __iter__(self):
+    # pyrefly: ignore[bad-override]  # torch's annotation promises its own private iterator
+    def __iter__(self) -> Iterator[ImageBatch]:
         self._stream.position, self._taken = self.position, 0
         for batch in super().__iter__():
             self._taken += 1

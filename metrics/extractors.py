@@ -63,6 +63,7 @@ class FeatureExtractor(nn.Module, ABC):
 @contextmanager
 def _full_precision() -> Iterator[None]:
     """No TF32 on CUDA, whatever training has chosen, so that features are those of the CPU."""
+    # pyrefly: ignore[missing-attribute]  # torch makes cudnn.conv when it is imported
     operations = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
     chosen = [operation.fp32_precision for operation in operations]
     for operation in operations:

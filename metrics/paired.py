@@ -38,6 +38,7 @@ class PairedSimilarity(Metric):
         ours, theirs = (pictures.to(self.device)[scored].double() / 255 for pictures in (images, reals))
         psnr = peak_signal_noise_ratio(ours, theirs, data_range=1.0, reduction="none", dim=(1, 2, 3))
         ssim = structural_similarity_index_measure(ours, theirs, data_range=1.0, reduction="none")
+        assert isinstance(ssim, Tensor)  # a tuple only where the full picture of it is asked for
         # Nothing in place: a state made under inference_mode could not be changed outside it.
         self.sums = self.sums + torch.stack([psnr.sum(), ssim.sum()])
         ones = torch.ones_like(indices[scored], dtype=torch.int32)

@@ -39,7 +39,9 @@ def write_depth_maps(
     _claim(out, source)
     targets = {name: out / PurePosixPath(name).with_suffix(".png") for name in names}
     missing = [name for name in names if not targets[name].is_file()]
-    estimate = depth_estimator(model) if missing else None
+    if not missing:
+        return 0
+    estimate = depth_estimator(model)
     for done, name in enumerate(missing, 1):
         _save(np.rint(65535 * estimate(read(name))).astype(np.uint16), targets[name])
         if on_progress:

@@ -90,7 +90,7 @@ def read_deep(path: Path, max_pixels: int, window: Sequence[float] | None) -> Te
         UserError: as `read_values`.
     """
     values = read_values(path, max_pixels)
-    return to_rgb(apply_window(values, *window) if window else stretch(values))
+    return to_rgb(apply_window(values, window[0], window[1]) if window else stretch(values))
 
 
 def read_dicom(path: Path, max_pixels: int, window: Sequence[float] | None = None) -> Tensor:
@@ -164,7 +164,7 @@ def _windowed(dataset, values: NDArray, window: Sequence[float] | None, counted:
     centre, width = (_first(dataset.get(key)) for key in ("WindowCenter", "WindowWidth"))
     if centre is not None and width:  # some devices write a width of 0 for none
         return apply_window(values, centre, width, dataset.get("VOILUTFunction", "LINEAR"))
-    return apply_window(values, *window) if window else stretch(values, counted)
+    return apply_window(values, window[0], window[1]) if window else stretch(values, counted)
 
 
 def _looked_up(lut, values: NDArray, little_endian: bool) -> NDArray[np.float64]:

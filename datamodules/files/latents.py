@@ -190,7 +190,7 @@ class Cache:
     def verify(self, rank: int, world_size: int) -> None:
         """Compare every byte with its SHA-256; each process reads its share, and all raise the UserError of one."""
         share = list(self._paths.values())[rank::world_size]
-        faults = [None] * world_size
+        faults: list[str | None] = [None] * world_size
         faults[rank] = self._first_fault(share, silent=rank > 0)
         if world_size > 1:
             torch.distributed.all_gather_object(faults, faults[rank])

@@ -155,10 +155,11 @@ def _read_pairs(catalogue: Catalogue, folder: Path, texts: bool) -> Table:
 
 
 def _read_webdataset(catalogue: Catalogue, folder: Path, texts: bool) -> Table:
-    table = Table(folder.name, noun="sample")
+    table, shards = Table(folder.name, noun="sample"), catalogue.shards
+    assert shards is not None  # of this layout
     for path in sorted(folder.rglob("*.tar")):
         shard = path.relative_to(catalogue.root).as_posix()
-        for key, sample in catalogue.shards.index(shard, table.faults).items():
+        for key, sample in shards.index(shard, table.faults).items():
             try:
                 if sample.picture is not None:
                     table.rows[sample.picture] = _shard_entry(key, sample, path.stem)

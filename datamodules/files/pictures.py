@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -18,13 +18,16 @@ class ReadingConfig(Protocol):
     max_pixels: int
 
 
-class Pictures:
+ReadingT = TypeVar("ReadingT", bound=ReadingConfig)
+
+
+class Pictures(Generic[ReadingT]):
     """The pictures below one folder, opened by their relative path.
 
     It travels to the DataLoader's workers: a subclass that keeps files open leaves them out of its pickled state.
     """
 
-    def __init__(self, folder: Path, config: ReadingConfig):
+    def __init__(self, folder: Path, config: ReadingT):
         self.folder, self.config = folder, config
 
     def open_picture(self, name: str, least_side: int = 0) -> Tensor:

@@ -93,7 +93,9 @@ class Shards:
         elif member.size > _MOST_TEXT:
             faults[f"{shard}/{name}"] = f"is larger than {_MOST_TEXT} bytes"
         else:
-            setattr(sample, field, tar.extractfile(member).read())
+            content = tar.extractfile(member)
+            assert content is not None  # a regular file, or it would be hostile
+            setattr(sample, field, content.read())
 
 
 def _hostility(member: tarfile.TarInfo, name: str) -> str | None:
@@ -115,19 +117,21 @@ class _LastFile(threading.local):
         self._file: BinaryIO | None = None
 
     def read(self, path: Path, offset: int, size: int) -> bytes:
-        if path != self._path:
-            self._open(path)
-        return os.pread(self._file.fileno(), size, offset)
+        file = self._file
+        if file is None or path != self._path:
+            file = self._open(path)
+        return os.pread(file.fileno(), size, offset)
 
-    def _open(self, path: Path) -> None:
+    def _open(self, path: Path) -> BinaryIO:
         if self._file:
             self._file.close()
         self._path = None
         try:
-            self._file = path.open("rb")
+            self._file = file = path.open("rb")
         except OSError as error:
             raise UserError(f"{path} cannot be read ({error.strerror})") from None
         self._path = path
+        return file
 
 
 _last_file = _LastFile()

@@ -141,7 +141,7 @@ def _rib(scene: ChestScene, number: int, right_left: int, start: float, end: flo
     """Points (40, 2) of rib 1 to 11 from `start` to `end`: 0 at the spine, 0.5 at the flank, 1 at the sternum."""
     top, drop = 0.075 + 0.06 * number, 0.07 + 0.021 * number
     theta = np.pi * (start + (end - start) * np.linspace(0, 1, 40) ** 1.5)
-    reach = float(half_width(scene, np.float32(min(top + drop / 2, 0.74)))) + 0.012
+    reach = half_width(scene, np.asarray(min(top + drop / 2, 0.74), dtype=np.float32)).item() + 0.012
     x = 0.5 + right_left * (0.03 + (reach - 0.03) * np.sin(theta) ** 0.8)
     y = top + drop * (0.25 * (1 - np.cos(theta)) + 0.5 * theta / np.pi) - 0.016 * np.sin(2 * theta).clip(0)
     return np.stack([x, y], axis=1)

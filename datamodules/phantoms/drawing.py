@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from medsynth.errors import UserError
 from medsynth.files import new_folder
 
-Array = NDArray[np.float32]
+Array = NDArray[np.floating]
+"""A field: float32. NumPy's own annotations make float64 of a float32 array times a Python number, and it is not so."""
 
 RECIPE_FILE = "phantom.json"
 

@@ -226,7 +226,7 @@ def _dorsal_walls(scene: HipScene, side: int) -> Image.Image:
         hip: Hip = getattr(scene, name)
         arc = _socket_arc(hip, sign)
         bulge = np.asarray(hip.socket) + 0.10 * hip.socket_radius * np.array([sign, 0.0])
-        edge = _smooth([arc[-1], bulge, hip.rim])
+        edge = _smooth(np.stack([arc[-1], bulge, hip.rim]))
         _polygon(draw, np.concatenate([arc, edge]), fine, 255)
     return _shrunk(page, side)
 
