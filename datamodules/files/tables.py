@@ -51,7 +51,7 @@ def read_table(path: Path, columns: Sequence[str], key: str) -> Table:
     # A lone Prompt column has no separator, and its prompts hold commas.
     separator = "," if "," in first and ";" not in first else ";"
     reader = csv.reader(io.StringIO(text), delimiter=separator, strict=True)
-    table, end = Table(path.name), 0
+    table, end, lines = Table(path.name), 0, text.split("\n")
     try:
         header = [column.strip() for column in next(reader, [])]
         if missing := [column for column in columns if column not in header]:
@@ -59,7 +59,7 @@ def read_table(path: Path, columns: Sequence[str], key: str) -> Table:
         end = reader.line_num
         for fields in reader:
             line, end = end + 1, reader.line_num
-            if fields:
+            if lines[line - 1].strip():  # a line of spaces looks blank to whoever wrote it
                 _add(table, line, header, [field.strip() for field in fields], columns, separator)
     except csv.Error as error:
         raise UserError(f"{path}: row {end + 1}: {error} (is a quote left open?)") from None
