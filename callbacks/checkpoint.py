@@ -81,7 +81,9 @@ class LastCheckpoint(Checkpoint):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._saved = trainer.global_step
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         # Two optimizers move the count by two a batch, perhaps past a multiple.
         if self.every_steps and trainer.global_step // self.every_steps > self._saved // self.every_steps:
             log_step(trainer)
@@ -123,9 +125,9 @@ class BestCheckpoint(Checkpoint):
     def state_dict(self) -> dict[str, Any]:
         return {"monitor": self.monitor, "mode": self.mode, "value": self.value}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if (state["monitor"], state["mode"]) == (self.monitor, self.mode):
-            self.value = state["value"]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if (state_dict["monitor"], state_dict["mode"]) == (self.monitor, self.mode):
+            self.value = state_dict["value"]
 
     def _is_better(self, value: float) -> bool:
         # Strictly better: the trainer goes on showing the value of an earlier validation, which must not win again.

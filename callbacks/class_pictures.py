@@ -11,6 +11,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 
+from callbacks.lightning_types import data_of, generative, loggers_of
 from datamodules.batches import DRAWN_FILE, Conditions, Drawing, undrawn
 from lightning_modules.base import GenerativeModule
 from medsynth.errors import UserError
@@ -27,8 +28,8 @@ class ClassPictures(L.Callback):
         """batch_size: pictures a process draws at once."""
         self.batch_size = batch_size
 
-    def setup(self, trainer: L.Trainer, pl_module: GenerativeModule, stage: str) -> None:
-        data = trainer.datamodule
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        data = data_of(trainer)
         drawings = data.to_draw() if stage == "fit" else []
         if not drawings:
             return
@@ -41,12 +42,12 @@ class ClassPictures(L.Callback):
         with bar, trainer.precision_plugin.forward_context():
             task = bar.add_task("class pictures")
             draw_missing(
-                pl_module, drawings, trainer.global_rank, trainer.world_size, self.batch_size,
+                generative(pl_module), drawings, trainer.global_rank, trainer.world_size, self.batch_size,
                 lambda done, total: bar.update(task, completed=done, total=total),
             )  # fmt: skip
         trainer.strategy.barrier("class pictures")
         data.check()
-        for logger in trainer.loggers:  # it was told of the data before they were drawn
+        for logger in loggers_of(trainer):  # it was told of the data before they were drawn
             logger.set_tags({"data.fingerprint": data.fingerprint()})
 
 

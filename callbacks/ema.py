@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from callbacks.lightning_types import generative
 from callbacks.sharding import Held, Sharded, ShardedTensors, trained_parameters
 from medsynth.errors import UserError
 
@@ -69,7 +70,7 @@ class EMA(L.Callback):
         self._mend: Callable[[], None] = _nothing
         self._saved: Mapping[str, Tensor] | None = None  # loaded, before there are parameters
 
-    def averaged_state(self) -> dict[str, Tensor]:
+    def averaged_state(self) -> dict[str, Held | Tensor]:
         """Float32 averages and persistent buffers by "<module>.<name>"; no copies. A shared parameter comes once.
 
         Where the processes hold the weights in parts, averages are `Held`, this process's part.
@@ -95,16 +96,18 @@ class EMA(L.Callback):
             self._restore()
         self._publish()
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: "GenerativeModule") -> None:
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.strategy.restore_checkpoint_after_setup:
-            self._attach(trainer, pl_module)
+            self._attach(trainer, generative(pl_module))
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: "GenerativeModule") -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self._live:
-            self._attach(trainer, pl_module)
+            self._attach(trainer, generative(pl_module))
         self._seen = trainer.global_step
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: "GenerativeModule", *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if trainer.global_step == self._seen:
             return
         self._seen = trainer.global_step
@@ -112,45 +115,46 @@ class EMA(L.Callback):
         if self._steps % self.config.every == 0:
             self._update()
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: "GenerativeModule") -> None:
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self._live:  # `trainer.validate` without a fit
-            self._attach(trainer, pl_module)
+            self._attach(trainer, generative(pl_module))
         self._swap_in()
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: "GenerativeModule") -> None:
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._restore()
         self._publish()
 
-    def on_exception(self, trainer: L.Trainer, pl_module: "GenerativeModule", exception: BaseException) -> None:
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._restore()
 
     def state_dict(self) -> dict[str, Any]:
         return {"updates": self.updates, "steps": self._steps, "shadow": self.averaged_state()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.updates, self._steps, self._saved = state["updates"], state["steps"], state["shadow"]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.updates, self._steps, self._saved = state_dict["updates"], state_dict["steps"], state_dict["shadow"]
         if self._live:
-            self._adopt_saved()
+            self._adopt(state_dict["shadow"])
 
     @torch.no_grad()
     def _attach(self, trainer: L.Trainer, module: "GenerativeModule") -> None:
         self._trained = nn.ModuleDict(module.trainable_modules())
         self._mend = module.after_swap
-        self._live = trained_parameters(module)
+        parameters = trained_parameters(module)
+        self._live = {**parameters}
         if isinstance(trainer.strategy, Sharded):
-            self._held = {name: trainer.strategy.held(live) for name, live in self._live.items()}
+            self._held = {name: trainer.strategy.own_part(parameter) for name, parameter in parameters.items()}
             self._live = {name: part.values for name, part in self._held.items()}
             self._publish = trainer.strategy.publish
         self._shadow = {name: live.to(torch.float32, copy=True) for name, live in self._live.items()}
         if self._saved is not None:
-            self._adopt_saved()
+            self._adopt(self._saved)
 
     @torch.no_grad()
-    def _adopt_saved(self) -> None:
+    def _adopt(self, saved: Mapping[str, Tensor]) -> None:
         if self._held:
-            _fill_parts(self.averaged_state(), self._saved)
+            _fill_parts(self.averaged_state(), saved)
         else:
-            _fill({**self._shadow, **_persistent_buffers(self._trained)}, self._saved)
+            _fill({**self._shadow, **_persistent_buffers(self._trained)}, saved)
         self._saved = None
 
     @torch.no_grad()

@@ -12,11 +12,11 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from callbacks.lightning_types import data_of, generative, loggers_of
 from callbacks.samples import draw_grid
-from datamodules.base import ImageDataModule
+from datamodules.base import SizedDataset
 from datamodules.batches import collate
 from datamodules.stream import EvaluationSampler, derive_seed
 from lightning_modules.base import GenerativeModule
@@ -83,24 +83,24 @@ class Evaluation(L.Callback):
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         self._validations = state_dict["validations"]
 
-    def setup(self, trainer: L.Trainer, pl_module: GenerativeModule, stage: str) -> None:
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if self.config.paired:
-            trainer.datamodule.paired_pictures([0])  # refused now, not at the first evaluation
+            data_of(trainer).paired_pictures([0])  # refused now, not at the first evaluation
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: GenerativeModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self.config.at_start or trainer.global_step:
             return
         pl_module.eval()
-        values = self.evaluate(trainer, pl_module)
+        values = self.evaluate(trainer, generative(pl_module))
         pl_module.train()
         for logger in trainer.loggers:
             logger.log_metrics(values, step=0)
 
-    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: GenerativeModule) -> None:
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.sanity_checking:
             return
         if (self._validations + 1) % self.config.every == 0:
-            pl_module.log_dict(self.evaluate(trainer, pl_module), rank_zero_only=False)
+            pl_module.log_dict(self.evaluate(trainer, generative(pl_module)), rank_zero_only=False)
         self._validations += 1  # now: an evaluation that is broken off is done again
 
     @torch.no_grad()
@@ -112,9 +112,9 @@ class Evaluation(L.Callback):
             return self._score(trainer, module) if self.config.images else {}
 
     def _score(self, trainer: L.Trainer, module: GenerativeModule) -> dict[str, float]:
-        total, data = self.config.images, trainer.datamodule
+        total, data, extractor = self.config.images, data_of(trainer), self._required_extractor()
         reals = data.reference_set(self.config.reference)
-        metrics = GenerationMetrics(self._extractor, len(reals), total).to(module.device)
+        metrics = GenerationMetrics(extractor, len(reals), total).to(module.device)
         self._load_reference(trainer, metrics, reals)
         paired = PairedSimilarity(total).to(module.device) if self.config.paired else None
         for rows in self._turns(trainer, total, "generating"):
@@ -130,13 +130,13 @@ class Evaluation(L.Callback):
             if paired is not None:
                 paired.update(images, data.paired_pictures(indices), torch.tensor(rows))
         values = metrics.compute() | ({} if paired is None else paired.compute())
-        self._extractor.cpu()  # its memory is training's again
+        extractor.cpu()  # its memory is training's again
         return {f"eval/{name}": value for name, value in values.items()}
 
-    def _load_reference(self, trainer: L.Trainer, metrics: GenerationMetrics, reals: Dataset) -> None:
+    def _load_reference(self, trainer: L.Trainer, metrics: GenerationMetrics, reals: SizedDataset) -> None:
         """Statistics of the real pictures: from disk, or computed by all processes and kept there."""
-        data: ImageDataModule = trainer.datamodule
-        key = (data.fingerprint(), self.config.reference, data.config.resolution, self._extractor.identity)
+        data, features = data_of(trainer), self._required_extractor().identity
+        key = (data.fingerprint(), self.config.reference, data.config.resolution, features)
         name = hashlib.sha256(repr(key).encode()).hexdigest()[:24]
         path = Path(self.config.cache).expanduser() / f"reference-{name}.safetensors"
         # Rank 0 decides for all: another run may be writing the file right now.
@@ -150,6 +150,10 @@ class Evaluation(L.Callback):
             trainer.strategy.barrier("reference statistics")
         metrics.load_real_state(load_file(path))
 
+    def _required_extractor(self) -> FeatureExtractor:
+        assert self._extractor is not None  # where pictures are scored
+        return self._extractor
+
     def _turns(self, trainer: L.Trainer, total: int, title: str) -> Iterator[list[int]]:
         turns = EvaluationSampler(total, self.config.batch_size, trainer.global_rank, trainer.world_size)
         hidden = None if trainer.is_global_zero else True  # None: only where the output is no terminal
@@ -158,7 +162,7 @@ class Evaluation(L.Callback):
             yield rows
 
     def _draw_grid(self, trainer: L.Trainer, module: GenerativeModule) -> None:
-        dataset = trainer.datamodule.validation_set()
+        dataset = data_of(trainer).validation_set()
         rows = [i * len(dataset) // self.config.grid for i in range(min(self.config.grid, len(dataset)))]
         batch = collate([dataset[i] for i in rows])
         seeds = [derive_seed(self.seed, "grid", i) for i in range(len(rows))]
@@ -169,7 +173,7 @@ class Evaluation(L.Callback):
         path = self.run_dir / "grids" / f"step-{trainer.global_step:07d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         draw_grid(images, captions).save(path)
-        for logger in trainer.loggers:
+        for logger in loggers_of(trainer):
             logger.log_image("eval/grid", path, step=trainer.global_step)
 
 

@@ -10,12 +10,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loops import _FitLoop
+from lightning.pytorch.loops.progress import _ProcessedTracker
 from lightning.pytorch.trainer.states import TrainerFn
 
 from callbacks.checkpoint import log_step, save
@@ -169,7 +170,7 @@ class Preemption(Checkpoint):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._take_over(trainer)
         self._step = trainer.global_step
-        starts = trainer.strategy.broadcast(self._count(trainer.global_step) if trainer.is_global_zero else None)
+        starts = trainer.strategy.broadcast(self._count(trainer.global_step) if trainer.is_global_zero else 0)
         if starts > self.config.restarts:
             raise NoProgress(
                 f"started {starts} times from step {trainer.global_step} without coming further; the log of the starts "
@@ -177,7 +178,9 @@ class Preemption(Checkpoint):
             )
         self.leave_if_asked()  # nothing is new since the checkpoint that training began with
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if trainer.global_step == self._step:
             return  # within an accumulation
         self._step = trainer.global_step
@@ -189,10 +192,18 @@ class Preemption(Checkpoint):
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._validating = True
         # An owed one counts a batch as begun, and would be taken for owed ever after.
-        total = trainer.fit_loop.epoch_loop.val_loop.batch_progress.total
+        total = _validation_batches(trainer.fit_loop)
         total.ready = total.started = total.processed
 
-    def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
         self.leave_if_asked()
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -235,14 +246,15 @@ class Preemption(Checkpoint):
 
     def _owes_validation(self, trainer: L.Trainer) -> bool:
         """Whether a validation is due where training stands, and not done."""
-        loop = trainer.fit_loop.epoch_loop
+        loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
         return (
             trainer.state.fn == TrainerFn.FITTING
             and loop.total_batch_idx != self._validated
-            and loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
+            and fetcher is not None
+            and loop._should_check_val_fx(fetcher)
         )
 
-    def _require_one_checkpoint(self, path: Path | None) -> None:
+    def _require_one_checkpoint(self, path: str | Path | None) -> None:
         """Before any process begins to load a part of one of them, and waits for the others."""
         own = torch.tensor([read_manifest(path)["global_step"] if path else 0])
         steps = [torch.zeros_like(own) for _ in range(self._group.size())]
@@ -294,12 +306,17 @@ class Preemption(Checkpoint):
         return starts
 
 
+def _validation_batches(loop: _FitLoop) -> _ProcessedTracker:
+    """The counts of validation batches over the whole run."""
+    return cast(_ProcessedTracker, loop.epoch_loop.val_loop.batch_progress.total)
+
+
 class _OwingFitLoop(_FitLoop):
     """Lightning's, which leaves at once where no step is left, but for a checkpoint that owes a validation."""
 
     @property
     def done(self) -> bool:
-        batches = self.epoch_loop.val_loop.batch_progress.total
+        batches = _validation_batches(self)
         return super().done and not (self.restarting and batches.processed < batches.started)
 
 

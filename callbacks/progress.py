@@ -30,6 +30,7 @@ class Throughput(L.Callback):
         self._seconds += time.perf_counter() - self._started
         self._steps += _steps_done(trainer) - self._seen
         self._seen = _steps_done(trainer)
+        # pyrefly: ignore[missing-attribute]  # Lightning's logger connector sets it
         if self._steps >= trainer.log_every_n_steps:
             self.images_per_second = self._steps * self.global_batch_size / self._seconds
             pl_module.log("throughput/images_per_second", self.images_per_second, rank_zero_only=True)

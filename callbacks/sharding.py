@@ -9,9 +9,8 @@ import json
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-import lightning as L
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -60,7 +59,13 @@ class Slot(NamedTuple):
         return local.detach().view(-1)[self.start : self.start + self.length]
 
 
-def trained_parameters(module: L.LightningModule) -> dict[str, nn.Parameter]:
+class Trainable(Protocol):
+    """A module that says which of its networks learn; see `GenerativeModule`."""
+
+    def trainable_modules(self) -> dict[str, nn.Module]: ...
+
+
+def trained_parameters(module: Trainable) -> dict[str, nn.Parameter]:
     """The parameters that are optimised, in the optimizer's order, by "<module>.<name>"; a shared one comes once."""
     trained = nn.ModuleDict(module.trainable_modules())
     return {name: parameter for name, parameter in trained.named_parameters() if parameter.requires_grad}
@@ -71,6 +76,16 @@ class Sharded:
 
     Checkpoints go through the trainer's `DurableCheckpointIO`, into which every process writes its part.
     """
+
+    if TYPE_CHECKING:  # what the strategy has that this is mixed into
+
+        @property
+        def lightning_module(self) -> Any: ...
+
+        @property
+        def checkpoint_io(self) -> Any: ...
+
+        def broadcast(self, obj: Any, src: int = 0) -> Any: ...
 
     # What a strategy fills in
 
@@ -113,11 +128,17 @@ class Sharded:
                 target.copy_(checkpoint["state_dict"][name])
         self.publish()
 
+    def own_part(self, parameter: nn.Parameter) -> Held:
+        """The part of a trained parameter."""
+        held = self.held(parameter)
+        assert isinstance(held, Held)
+        return held
+
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         """By names instead of torch's numbers: `groups`, `steps`, and `moments` as parts."""
         parameters, steps, moments = trained_parameters(self.lightning_module), {}, {}
         for name, parameter in parameters.items():
-            slot, held = self.slot(parameter), self.held(parameter)
+            slot, held = self.slot(parameter), self.own_part(parameter)
             for key, value in slot.state.items():
                 if isinstance(value, Tensor) and value.shape == slot.like.shape and key != "step":
                     moments.setdefault(key, {})[name] = Held(slot.part(value), held.start, held.shape)
@@ -136,7 +157,7 @@ class Sharded:
         for name, parameter in parameters.items():
             if not saved["steps"].get(name):
                 continue  # saved before the first step
-            slot, held = self.slot(parameter), self.held(parameter)
+            slot, held = self.slot(parameter), self.own_part(parameter)
             where = slot.like.device if fused else "cpu"
             slot.state["step"] = torch.tensor(saved["steps"][name], dtype=torch.float32, device=where)
             for key, tensors in saved["moments"].items():
@@ -188,13 +209,15 @@ def write_shard(path: Path, tensors: Mapping[str, Held | Tensor], rank: int) -> 
     """Write this process's parts to `path`; what every process holds whole, the first one writes."""
     parts, layout = {}, {}
     for name, tensor in tensors.items():
-        held = tensor
-        if not isinstance(tensor, Held):
-            whole = tensor.detach().contiguous().view(-1)
-            held = Held(whole if rank == 0 else whole[:0], 0, tuple(tensor.shape))
+        held = tensor if isinstance(tensor, Held) else _whole(tensor, rank)
         layout[name] = [held.start, *held.shape]
         parts[name] = held.values.detach().cpu().clone()
     save_file(parts, path, metadata={_LAYOUT: json.dumps(layout)})
+
+
+def _whole(tensor: Tensor, rank: int) -> Held:
+    flat = tensor.detach().contiguous().view(-1)
+    return Held(flat if rank == 0 else flat[:0], 0, tuple(tensor.shape))
 
 
 class ShardedTensors(Mapping[str, Tensor]):
