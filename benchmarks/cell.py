@@ -11,8 +11,9 @@ from torch import Tensor
 from datamodules.batches import Conditions, ImageBatch
 from jobs.run.registry import method_class
 from lightning_modules.base import GenerativeModule
-from lightning_modules.families.stable_diffusion import ArchitectureConfig, StableDiffusionBase
+from lightning_modules.families.stable_diffusion import StableDiffusionBase
 from lightning_modules.parts.adapters import AdapterConfig
+from lightning_modules.parts.architecture import ArchitectureConfig
 from lightning_modules.parts.weights import RANDOM
 from medsynth.errors import UserError
 

@@ -60,8 +60,8 @@ class TrainingSamples(Dataset[ImageBatch], ABC):
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def __getitem__(self, index: int) -> ImageBatch:
-        """The row at the stream position `index`."""
+    def __getitem__(self, position: int) -> ImageBatch:
+        """The row at that position of the stream."""
 
     @abstractmethod
     def sample(self, pass_: int, index: int) -> Sample:

@@ -302,8 +302,8 @@ class TrainingSet(_CaptionedSet[CaptionedT], TrainingSamples):
         super().__init__(pairs, pictures, config, seed)
         self.stream: SampleOrder = SampleStream(len(pairs), seed)
 
-    def __getitem__(self, index: int) -> ImageBatch:
-        return self.sample(*self.stream(index)).row(derive_seed(self.seed, "noise", index))
+    def __getitem__(self, position: int) -> ImageBatch:
+        return self.sample(*self.stream(position)).row(derive_seed(self.seed, "noise", position))
 
     def sample(self, pass_: int, index: int) -> Sample:
         """Sample `index` as that pass shows it."""

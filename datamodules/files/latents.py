@@ -33,6 +33,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from medsynth.errors import UserError
+from medsynth.files import sync
 
 PLAN_FILE, MANIFEST_FILE = "plan.json", "manifest.json"
 VALIDATION, TEXT = "validation", "text"
@@ -133,7 +134,7 @@ class CacheWriter:
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(self.folder / name)
-            _sync(self.folder)
+            sync(self.folder)
         except OSError as error:
             mend = "mend that and run the same command again"
             raise UserError(f"--out: {temporary} cannot be written: {error.strerror}; {mend}") from None
@@ -290,14 +291,6 @@ def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str | None:
 def _metadata(path: Path) -> dict[str, Any]:
     with safe_open(path, "pt") as shard:
         return json.loads(shard.metadata()["medsynth"])
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _json(entries: dict[str, Any]) -> bytes:

@@ -32,9 +32,10 @@ from lightning_modules.maths.diffusion import (
     to_original,
     training_target,
 )
+from lightning_modules.parts.architecture import ArchitectureConfig, random_unet, random_vae
 from lightning_modules.parts.optim import OptimConfig
 from lightning_modules.parts.text import TextEncoder, TextEncoderConfig
-from lightning_modules.parts.weights import RANDOM, Weights, made_here
+from lightning_modules.parts.weights import RANDOM, Weights
 from medsynth.errors import UserError
 
 KEY = "model.pretrained"
@@ -57,34 +58,6 @@ _FILES = (
     "text_encoder/model.safetensors",
     *(f"{part}/{name}" for part in ("unet", "vae") for name in ("config.json", "diffusion_pytorch_model.safetensors")),
 )
-
-
-@dataclass(frozen=True)
-class ArchitectureConfig:
-    """Shape of random networks, for tests and benchmarks; pretrained ones bring their own. Defaults: SD 1.x."""
-
-    widths: list[int] = field(default_factory=lambda: [320, 640, 1280, 1280])
-    """U-Net: channels of each level; all but the last have cross-attention, each but the last halves the latent."""
-    layers: int = 2
-    """U-Net: residual blocks a level."""
-    heads: int = 8
-    """U-Net: attention heads."""
-    norm_groups: int = 32
-    """Groups of each group norm, of U-Net and autoencoder."""
-    vae_widths: list[int] = field(default_factory=lambda: [128, 256, 512, 512])
-    """Autoencoder: channels of each level; each but the first halves the picture."""
-    vae_layers: int = 2
-    """Autoencoder: residual blocks a level."""
-    latent_channels: int = 4
-    """Channels of the latents."""
-    text_width: int = 768
-    """Text encoder: width of the embeddings."""
-    text_layers: int = 12
-    """Text encoder: transformer layers."""
-    text_heads: int = 12
-    """Text encoder: attention heads."""
-    vocabulary: int = 49408
-    """Text encoder: rows of the token table."""
 
 
 @dataclass(frozen=True)
@@ -164,38 +137,13 @@ class StableDiffusionBase(LatentDiffusion):
         """The pretrained U-Net, float32."""
         if not self._random:
             return self._load(UNet2DConditionModel, "unet")
-        shape = self.config.architecture
-        levels = len(shape.widths)
-        with made_here():
-            return UNet2DConditionModel(
-                sample_size=self.config.resolution // 2 ** (len(shape.vae_widths) - 1),
-                in_channels=shape.latent_channels,
-                out_channels=shape.latent_channels,
-                block_out_channels=tuple(shape.widths),
-                layers_per_block=shape.layers,
-                attention_head_dim=shape.heads,  # diffusers' name for the number of heads
-                norm_num_groups=shape.norm_groups,
-                cross_attention_dim=shape.text_width,
-                down_block_types=("CrossAttnDownBlock2D",) * (levels - 1) + ("DownBlock2D",),
-                up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (levels - 1),
-            )
+        return random_unet(self.config.architecture, self.config.resolution)
 
     def load_vae(self) -> AutoencoderKL:
         """The pretrained autoencoder, float32."""
         if not self._random:
             return self._load(AutoencoderKL, "vae")
-        shape = self.config.architecture
-        levels = len(shape.vae_widths)
-        with made_here():
-            return AutoencoderKL(
-                latent_channels=shape.latent_channels,
-                block_out_channels=tuple(shape.vae_widths),
-                layers_per_block=shape.vae_layers,
-                norm_num_groups=shape.norm_groups,
-                down_block_types=("DownEncoderBlock2D",) * levels,
-                up_block_types=("UpDecoderBlock2D",) * levels,
-                sample_size=self.config.resolution,
-            )
+        return random_vae(self.config.architecture, self.config.resolution)
 
     def load_text_encoder(self) -> TextEncoder:
         """The pretrained text encoder with its tokenizer."""
