@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 from matplotlib.figure import Figure
 
-from jobs.tracking import mlflow_client, read_run_id, resolve_uri
+from jobs.tracking.sender import mlflow_client, read_run_id, resolve_uri
 
 _PANELS = {
     "training loss": ["train/loss"],

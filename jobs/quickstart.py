@@ -38,7 +38,7 @@ def main(out: Path) -> None:
 
 
 def _report(config, out: Path) -> None:
-    from jobs.tracking import mlflow_client, read_run_id, resolve_uri, ui_command
+    from jobs.tracking.sender import mlflow_client, read_run_id, resolve_uri, ui_command
 
     client = mlflow_client(resolve_uri(config.tracking.uri))
     history = client.get_metric_history(read_run_id(out / "msdm"), "eval/fd_random")

@@ -67,7 +67,7 @@ def _train(config, request):
     from jobs.run.folder import build_data, build_module, use_cache, write_config
     from jobs.run.strategies import is_sharded
     from jobs.run.summary import print_summary
-    from jobs.tracking import RunTracker, run_facts, ui_command
+    from jobs.tracking.sender import RunTracker, run_facts, ui_command
 
     _quieten()
     if config.hardware.accelerator == "cpu":

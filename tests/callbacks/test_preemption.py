@@ -34,7 +34,7 @@ from callbacks.preemption import (
     StopRequest,
 )
 from jobs.run.config import load_config
-from jobs.tracking import mlflow_client, read_run_id
+from jobs.tracking.sender import mlflow_client, read_run_id
 from jobs.train import train
 from lightning_modules.base import GenerativeModule
 from medsynth.errors import UserError

@@ -6,7 +6,7 @@ from torch.utils.data import DataLoader
 
 from callbacks.progress import RunProgress, Throughput
 from jobs.run.config import load_config
-from jobs.tracking import mlflow_client, read_run_id
+from jobs.tracking.sender import mlflow_client, read_run_id
 from jobs.train import train
 from tests.conftest import REPOSITORY
 

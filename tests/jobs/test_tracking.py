@@ -23,7 +23,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
-from jobs.tracking import (
+from jobs.tracking.sender import (
     RunTracker,
     TrackingConfig,
     logged_images,

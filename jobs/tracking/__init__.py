@@ -1,0 +1,1 @@
+"""What a run tells MLflow, and how it gets there."""
