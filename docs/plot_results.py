@@ -5,7 +5,8 @@ from pathlib import Path
 import click
 from matplotlib.figure import Figure
 
-from jobs.tracking.sender import mlflow_client, read_run_id, resolve_uri
+from jobs.tracking.server import mlflow_client, resolve_uri
+from jobs.tracking.spool import read_run_id
 
 _PANELS = {
     "training loss": ["train/loss"],

@@ -160,7 +160,7 @@ def main(
     experiment: str, tracking_uri: str | None, runs: tuple[str, ...], metric: str | None, html: Path, no_html: bool
 ) -> None:
     """Compare the runs of an experiment with each other and with the papers' own figures."""
-    from jobs.tracking.sender import public_uri, resolve_uri
+    from jobs.tracking.server import public_uri, resolve_uri
 
     uri = resolve_uri(tracking_uri)
     client = _connect(uri)
@@ -194,7 +194,7 @@ def paper_figures() -> list[PaperFigure]:
 
 def _connect(uri: str):
     """A client of a server that answers."""
-    from jobs.tracking.sender import cause, mlflow_client, public_uri, sqlite_path
+    from jobs.tracking.server import cause, mlflow_client, public_uri, sqlite_path
 
     database = sqlite_path(uri)
     if database and not database.exists():  # MLflow would make an empty one
@@ -488,7 +488,7 @@ class Grid:
 
 def _newest_grid(client, run: Run) -> Grid | None:
     """None where the run has no grid; where the artifact store does not give it, with a line that says so."""
-    from jobs.tracking.sender import cause, logged_images
+    from jobs.tracking.server import cause, logged_images
 
     try:
         images = [image for image in logged_images(client, run.id) if image.key == "eval/grid"]

@@ -38,7 +38,8 @@ def main(out: Path) -> None:
 
 
 def _report(config, out: Path) -> None:
-    from jobs.tracking.sender import mlflow_client, read_run_id, resolve_uri, ui_command
+    from jobs.tracking.server import mlflow_client, resolve_uri, ui_command
+    from jobs.tracking.spool import read_run_id
 
     client = mlflow_client(resolve_uri(config.tracking.uri))
     history = client.get_metric_history(read_run_id(out / "msdm"), "eval/fd_random")

@@ -190,7 +190,7 @@ def submit(executor, config, watch: bool) -> int:
     from submitit.core.utils import FailedJobError
 
     from jobs.run.folder import write_config
-    from jobs.tracking.sender import ui_command
+    from jobs.tracking.server import ui_command
 
     write_config(config)  # refuses a run_dir that holds another run
     path = _write_submission(config)

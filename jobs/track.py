@@ -9,7 +9,7 @@ import click
 @click.argument("run_dir", metavar="RUN", type=click.Path(path_type=Path))
 def main(run_dir: Path) -> None:
     """Send what is left in a run directory's spool, for instance after the tracking server was away."""
-    from jobs.tracking.sender import send_pending
+    from jobs.tracking.logger import send_pending
 
     click.echo(f"{send_pending(run_dir)} events sent")
 

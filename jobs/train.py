@@ -67,7 +67,9 @@ def _train(config, request):
     from jobs.run.folder import build_data, build_module, use_cache, write_config
     from jobs.run.strategies import is_sharded
     from jobs.run.summary import print_summary
-    from jobs.tracking.sender import RunTracker, run_facts, ui_command
+    from jobs.tracking.facts import run_facts
+    from jobs.tracking.logger import RunTracker
+    from jobs.tracking.server import ui_command
 
     _quieten()
     if config.hardware.accelerator == "cpu":

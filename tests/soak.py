@@ -44,7 +44,8 @@ import jobs.train
 from callbacks.durable import DurableCheckpointIO, newest_verified, read_manifest
 from datamodules.phantoms.colonoscopy import write_colonoscopy
 from jobs.run.config import load_config
-from jobs.tracking.sender import mlflow_client, read_run_id
+from jobs.tracking.server import mlflow_client
+from jobs.tracking.spool import read_run_id
 from tests.callbacks.test_checkpoint import assert_same
 from tests.processes import FORK
 

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from callbacks.durable import read_manifest
 from callbacks.preemption import Preempted
 from jobs.run.config import load_config
-from jobs.tracking.sender import mlflow_client, read_run_id
+from jobs.tracking.server import mlflow_client
+from jobs.tracking.spool import read_run_id
 from jobs.train import train
 from lightning_modules.base import GenerativeModule
 from tests.callbacks.test_preemption import check_like_undisturbed, disturb

@@ -17,7 +17,7 @@ from callbacks.ema import EMAConfig
 from callbacks.evaluation import EvaluationConfig
 from callbacks.preemption import PreemptionConfig
 from jobs.run.registry import data_class, method_class, nearest
-from jobs.tracking.sender import TrackingConfig
+from jobs.tracking.logger import TrackingConfig
 from medsynth.errors import UserError
 
 PRECISIONS = {

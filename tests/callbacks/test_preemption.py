@@ -34,7 +34,8 @@ from callbacks.preemption import (
     StopRequest,
 )
 from jobs.run.config import load_config
-from jobs.tracking.sender import mlflow_client, read_run_id
+from jobs.tracking.server import mlflow_client
+from jobs.tracking.spool import read_run_id
 from jobs.train import train
 from lightning_modules.base import GenerativeModule
 from medsynth.errors import UserError

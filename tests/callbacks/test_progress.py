@@ -6,7 +6,8 @@ from torch.utils.data import DataLoader
 
 from callbacks.progress import RunProgress, Throughput
 from jobs.run.config import load_config
-from jobs.tracking.sender import mlflow_client, read_run_id
+from jobs.tracking.server import mlflow_client
+from jobs.tracking.spool import read_run_id
 from jobs.train import train
 from tests.conftest import REPOSITORY
 

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from callbacks.durable import read_manifest
-from jobs.tracking.sender import mlflow_client, read_run_id
+from jobs.tracking.server import mlflow_client
+from jobs.tracking.spool import read_run_id
 from medsynth.errors import UserError
 from tests.conftest import REPOSITORY
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.tracking.sender import mlflow_client
+from jobs.tracking.server import mlflow_client
 from tests.cluster.cluster import RUN, Slurm, clone, log, submit, write_site
 from tests.conftest import REPOSITORY
 

@@ -56,7 +56,8 @@ def test_a_run_leaves_what_the_docs_say(run, phantom):
 
 
 def test_a_run_is_in_mlflow_with_all_that_was_asked(run):
-    from jobs.tracking.sender import logged_images, mlflow_client, read_run_id
+    from jobs.tracking.server import logged_images, mlflow_client
+    from jobs.tracking.spool import read_run_id
 
     client = mlflow_client(f"sqlite:///{run.parent}/mlruns.db")
     record = client.get_run(read_run_id(run))
@@ -78,7 +79,8 @@ def test_a_run_that_fails_to_export_is_not_finished(run, here):
     (here / "again/export").write_text("in the way")
     with pytest.raises(OSError, match="export"):
         train(load_config([run / "config.yaml"], ["run_dir=again", f"tracking.uri=sqlite:///{here}/again.db"]))
-    from jobs.tracking.sender import mlflow_client, read_run_id
+    from jobs.tracking.server import mlflow_client
+    from jobs.tracking.spool import read_run_id
 
     client = mlflow_client(f"sqlite:///{here}/again.db")
     assert client.get_run(read_run_id(here / "again")).info.status == "FAILED"

@@ -12,7 +12,8 @@ from click.testing import CliRunner
 from PIL import Image
 
 from jobs.compare import Run, better, compare, draw_curves, main, mismatches, paper_figures
-from jobs.tracking.sender import RunTracker, TrackingConfig, mlflow_client
+from jobs.tracking.logger import RunTracker, TrackingConfig
+from jobs.tracking.server import mlflow_client
 from medsynth.errors import UserError
 
 ODD_NAME = "cells <b>&amp [bold]"

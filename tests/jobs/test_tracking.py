@@ -1,4 +1,4 @@
-"""jobs/tracking.py against real MLflow: SQLite, a file store, and a server that comes and goes."""
+"""jobs/tracking against real MLflow: SQLite, a file store, and a server that comes and goes."""
 
 import getpass
 import json
@@ -23,16 +23,9 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
-from jobs.tracking.sender import (
-    RunTracker,
-    TrackingConfig,
-    logged_images,
-    mlflow_client,
-    resolve_uri,
-    run_facts,
-    send_pending,
-    ui_command,
-)
+from jobs.tracking.facts import run_facts
+from jobs.tracking.logger import RunTracker, TrackingConfig, send_pending
+from jobs.tracking.server import logged_images, mlflow_client, resolve_uri, ui_command
 from medsynth.errors import UserError
 from tests.processes import FORK
 

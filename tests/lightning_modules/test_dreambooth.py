@@ -234,7 +234,8 @@ def test_a_resumed_run_draws_what_is_missing_with_untrained_weights(here):
 
 
 def test_the_fingerprint_that_is_tracked_is_that_of_the_drawn_pictures(here):
-    from jobs.tracking.sender import mlflow_client, read_run_id
+    from jobs.tracking.server import mlflow_client
+    from jobs.tracking.spool import read_run_id
 
     root = write_classes(here / "hips")
     tags = []

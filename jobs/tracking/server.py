@@ -1,0 +1,154 @@
+"""MLflow: its URIs, its client, an SQLite database made whole, and what may be stored in it."""
+
+import fcntl
+import os
+import re
+import shlex
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+DEFAULT_URI = "sqlite:///mlruns.db"
+
+# MLflow's own limits, in characters.
+_KEY_LENGTH, PARAM_LENGTH, TAG_LENGTH = 250, 6000, 8000
+
+# MLflow's default of 7 retries blocks four minutes on a dead server; the sender has its own back-off.
+_MLFLOW_ENVIRONMENT = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+}
+
+
+def resolve_uri(uri: str | None) -> str:
+    """`uri`, else $MLFLOW_TRACKING_URI, else `DEFAULT_URI`; the path of an SQLite file made absolute."""
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
+    database = sqlite_path(uri)
+    return f"sqlite:///{database}" if database else uri
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """The absolute path of the database file of an `sqlite:///` URI; None for any other."""
+    path = uri.removeprefix("sqlite:///")
+    return Path(path).absolute() if path != uri else None
+
+
+def public_uri(uri: str) -> str:
+    """`uri` with a password in it replaced by ***."""
+    password = urlsplit(uri).password
+    return uri.replace(f":{password}@", ":***@", 1) if password else uri
+
+
+def ui_command(uri: str | None) -> str:
+    """The shell command that opens the MLflow UI on `uri`; None means as in `TrackingConfig.uri`."""
+    uri = public_uri(resolve_uri(uri))
+    opener = "python -m webbrowser" if uri.startswith(("http://", "https://")) else "mlflow ui --backend-store-uri"
+    return f"{opener} {shlex.quote(uri)}"
+
+
+def mlflow_client(uri: str):
+    """An `mlflow.MlflowClient` of `uri` that fails within seconds and prints nothing; makes a missing SQLite file."""
+    mlflow = import_mlflow()
+    database = sqlite_path(uri)
+    if database and not database.exists() and "?" not in uri:  # options are MLflow's own affair
+        _make_database(database)
+    return mlflow.MlflowClient(uri)
+
+
+def import_mlflow():
+    """MLflow, imported at first use because that costs seconds; these settings it takes from the environment only."""
+    for name, value in _MLFLOW_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import mlflow
+
+    return mlflow
+
+
+def _make_database(path: Path) -> None:
+    """Make MLflow's tables in a new SQLite file, and put that into its place whole; another run's may be there first.
+
+    MLflow makes them in place, which takes seconds, and never gets over what a process killed meanwhile leaves.
+    """
+    from mlflow.db import upgrade
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    mark = f".{path.name}.new-"
+    for leftover in path.parent.glob(f"{mark}*"):
+        _remove_unless_held(leftover)
+    with tempfile.TemporaryDirectory(prefix=mark, dir=path.parent) as folder, _held(folder):
+        made = Path(folder) / path.name
+        upgrade.callback(f"sqlite:///{made}")
+        try:
+            os.link(made, path)  # unlike a rename it never replaces
+        except FileExistsError:
+            return
+        except OSError:  # a file system without links
+            if not path.exists():
+                made.rename(path)
+
+
+@contextmanager
+def _held(folder: str | Path) -> Iterator[bool]:
+    """Lock the folder until the end, also that of the process; False where another holds it, or it takes no locks."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held = True
+    except OSError:
+        held = False
+    try:
+        yield held
+    finally:
+        os.close(descriptor)
+
+
+def _remove_unless_held(folder: Path) -> None:
+    with suppress(OSError), _held(folder) as held:
+        if held:
+            shutil.rmtree(folder)
+
+
+def valid_key(name: str) -> str:
+    """`name` in the characters and the length that MLflow takes."""
+    return re.sub(r"[^\w\-./ :]", "_", name)[:_KEY_LENGTH]
+
+
+def cause(error: Exception) -> str:
+    """The innermost cause, in one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return re.sub(r".*\(Caused by (.*)\)+$", r"\1", text)[:300]
+
+
+@dataclass(frozen=True)
+class LoggedImage:
+    """A picture as `MlflowClient.log_image` stored it."""
+
+    key: str
+    """The name it was logged under, for instance eval/grid."""
+    step: int
+    """Optimizer step."""
+    time: int
+    """Unix time, milliseconds."""
+    path: str
+    """Artifact path of the full picture (PNG)."""
+
+
+# MLflow names the file by key, step, time and a random id, joined by "+" ("%" in older releases), "/" as "~" ("#").
+_IMAGE_NAME = re.compile(r"images/(?P<key>.+?)[+%]step[+%](?P<step>\d+)[+%]timestamp[+%](?P<time>\d+)[+%][^+%]+\.png")
+
+
+def logged_images(client, run_id: str) -> list[LoggedImage]:
+    """Every picture logged with a step in the run, oldest step first."""
+    matches = [_IMAGE_NAME.fullmatch(file.path) for file in client.list_artifacts(run_id, "images")]
+    images = [
+        LoggedImage(re.sub("[~#]", "/", m["key"]), int(m["step"]), int(m["time"]), m.string) for m in matches if m
+    ]
+    return sorted(images, key=lambda image: (image.step, image.time))
