@@ -1,4 +1,4 @@
-"""jobs/compare.py on real runs, logged through RunTracker to MLflow on SQLite."""
+"""jobs/compare.py and jobs/report on real runs, logged through RunTracker to MLflow on SQLite."""
 
 import base64
 import io
@@ -11,7 +11,10 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from jobs.compare import Run, better, compare, draw_curves, main, mismatches, paper_figures
+from jobs.compare import main
+from jobs.report.curves import draw_curves
+from jobs.report.runs import Run, better
+from jobs.report.table import compare, mismatches, paper_figures
 from jobs.tracking.logger import RunTracker, TrackingConfig
 from jobs.tracking.server import mlflow_client
 from medsynth.errors import UserError

@@ -1,0 +1,1 @@
+"""What `medsynth compare` prints and draws."""
