@@ -2,6 +2,8 @@
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -57,41 +59,20 @@ def train(config):
 
 
 def _train(config, request):
-    import lightning as L
-    import torch
-
-    from callbacks.durable import LAST, newest_verified
-    from callbacks.evaluation import Evaluation
-    from callbacks.preemption import Preemption
     from jobs.run.config import instantiate
-    from jobs.run.folder import build_data, build_module, use_cache, write_config
-    from jobs.run.strategies import is_sharded
+    from jobs.run.folder import build_data, write_config
     from jobs.run.summary import print_summary
     from jobs.tracking.facts import run_facts
     from jobs.tracking.logger import RunTracker
     from jobs.tracking.server import ui_command
 
-    _quieten()
-    if config.hardware.accelerator == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, which saving imports, would warn of no GPU
-    if config.hardware.threads:
-        torch.set_num_threads(config.hardware.threads)
-    L.seed_everything(config.seed, workers=True, verbose=False)
-    module = build_module(config)
-    check_support(config, module)
-    for weights in module.required_weights():
-        weights.require()
-    module.gradient_clip_norm = config.train.gradient_clip_norm
-    use_cache(config, module)
-    module.configure_model()
+    _set_up_process(config)
+    module = _make_module(config)
     data, counts = build_data(config, module)
     if config.hardware.compile:
         module.compile()
     run_dir = Path(config.run_dir)
-    last = run_dir / "checkpoints" / LAST
-    on_error = config.checkpoint.on_error
-    preemption = Preemption(instantiate(config, "preemption"), request, run_dir, last, on_error)
-    evaluation = Evaluation(instantiate(config, "evaluation"), run_dir, config.seed, preemption.leave_if_asked)
+    evaluation, preemption = _make_callbacks(config, request)
 
     write_config(config)
     data.write_split(run_dir)
@@ -100,30 +81,93 @@ def _train(config, request):
     if trainer.is_global_zero:
         print_summary(config, module, data, counts)
         click.echo(f"MLflow: {ui_command(config.tracking.uri)}")
+    checkpoint = _newest_checkpoint(run_dir, trainer.is_global_zero)
+    _log_run(tracker, config, module, data, run_facts())
+
+    with _ending(tracker), tracker.unfinished():
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
+        if trainer.is_global_zero:
+            _export(_whole(module, trainer, config), run_dir, tracker)
+    tracker.finalize("success")
+    return trainer
+
+
+def _set_up_process(config) -> None:
+    """What holds for the whole process: threads, seeds, and which warnings are worth reading."""
+    import lightning as L
+    import torch
+
+    _quieten()
+    if config.hardware.accelerator == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, which saving imports, would warn of no GPU
+    if config.hardware.threads:
+        torch.set_num_threads(config.hardware.threads)
+    L.seed_everything(config.seed, workers=True, verbose=False)
+
+
+def _make_module(config):
+    """The method with its networks; refused before they are made where it cannot train so, or weights are missing."""
+    from jobs.run.folder import build_module, use_cache
+
+    module = build_module(config)
+    check_support(config, module)
+    for weights in module.required_weights():
+        weights.require()
+    module.gradient_clip_norm = config.train.gradient_clip_norm
+    use_cache(config, module)
+    module.configure_model()
+    return module
+
+
+def _make_callbacks(config, request):
+    """Evaluation and preemption, which ask each other."""
+    from callbacks.durable import LAST
+    from callbacks.evaluation import Evaluation
+    from callbacks.preemption import Preemption
+    from jobs.run.config import instantiate
+
+    run_dir = Path(config.run_dir)
+    last, on_error = run_dir / "checkpoints" / LAST, config.checkpoint.on_error
+    preemption = Preemption(instantiate(config, "preemption"), request, run_dir, last, on_error)
+    evaluation = Evaluation(instantiate(config, "evaluation"), run_dir, config.seed, preemption.leave_if_asked)
+    return evaluation, preemption
+
+
+def _newest_checkpoint(run_dir: Path, says: bool) -> Path | None:
+    """What the run goes on from, None for a new one; one process says so, and which checkpoints are damaged."""
+    from callbacks.durable import newest_verified
+
     checkpoint, skipped = newest_verified(run_dir / "checkpoints")
-    if trainer.is_global_zero:
+    if says:
         for path, reason in skipped:
             click.echo(f"skipped checkpoint {path}: {reason}")
         if checkpoint:
             click.echo(f"resuming from {checkpoint}")
-    _log_run(tracker, config, module, data, run_facts())
+    return checkpoint
 
+
+@contextmanager
+def _ending(tracker) -> Iterator[None]:
+    """Tell MLflow how a run ended that did not come to its end."""
     try:
-        with tracker.unfinished():
-            trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
-            if trainer.is_global_zero:
-                if is_sharded(trainer.strategy):  # this process's module holds a part of the weights
-                    module = build_module(config)
-                    module.configure_model()
-                _export(module, run_dir, tracker)
+        yield
     except SystemExit:  # Lightning's answer to Ctrl-C, and Preempted
         tracker.finalize("interrupted")
         raise
     except BaseException:
         tracker.finalize("failed")
         raise
-    tracker.finalize("success")
-    return trainer
+
+
+def _whole(module, trainer, config):
+    """A module that can hold all weights: this process's own holds a part of them where the strategy shards them."""
+    from jobs.run.folder import build_module
+    from jobs.run.strategies import is_sharded
+
+    if is_sharded(trainer.strategy):
+        module = build_module(config)
+        module.configure_model()
+    return module
 
 
 def _export(module, run_dir, tracker):
