@@ -113,10 +113,11 @@ def depth(config: tuple[str, ...]) -> None:
 
     from jobs.run.config import instantiate, load_arguments
     from jobs.run.registry import data_class
-    from lightning_modules.parts.weights import Weights
     from medsynth.errors import UserError
 
     settings = instantiate(load_arguments(config), "data")
+    from lightning_modules.parts.weights import Weights  # after the config, whose mistakes need no torch
+
     if getattr(settings, "depth_model", None) is None:
         raise UserError("data.depth_model names no model; give the hub id or folder of a depth-estimation model")
     model = Weights("data.depth_model", settings.depth_model).fetch()
@@ -135,11 +136,12 @@ def weights(config: tuple[str, ...]) -> None:
     Compute nodes often have no internet: run this where there is some, with the same home folder.
     """
     from jobs.run.config import load_arguments
-    from jobs.run.folder import build_module
+
+    resolved = load_arguments(config)
+    from jobs.run.folder import build_module  # after the config, whose mistakes need no torch
     from lightning_modules.parts.weights import Weights
     from metrics.extractors import INCEPTION_URL
 
-    resolved = load_arguments(config)
     needed = build_module(resolved).required_weights()
     evaluation = resolved.evaluation
     if evaluation.images and evaluation.extractor == "inception" and evaluation.weights is None:

@@ -77,8 +77,6 @@ def load_for_job(cluster: str, arguments: Sequence[str], nodes: int | None, gpus
     """
     from jobs.cluster.kubernetes import load_for_pods
     from jobs.run.config import load_arguments, load_for_nodes
-    from jobs.run.folder import build_module
-    from jobs.train import check_support
 
     if cluster == "local":
         given = {"nodes": nodes, "devices": gpus}
@@ -89,6 +87,9 @@ def load_for_job(cluster: str, arguments: Sequence[str], nodes: int | None, gpus
     else:
         settings = ["hardware.accelerator=cpu", "hardware.precision=32-true"] if on_cpus else []
         config = load_for_nodes([*arguments, *settings], nodes, gpus)
+    from jobs.run.folder import build_module  # after the config, whose mistakes need no torch
+    from jobs.train import check_support
+
     check_support(config, build_module(config))
     return config
 

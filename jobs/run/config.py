@@ -1,7 +1,8 @@
 """One run as one YAML: typed defaults, config files in order, then `key=value` arguments.
 
 The classes of `data` and `model` are chosen by their names before anything is merged, so that a wrong key or type is
-refused with the nearest right one.
+refused with the nearest right one. They bring torch, which takes seconds to import: what can be refused without them is
+refused before.
 """
 
 from collections.abc import Sequence
@@ -12,12 +13,7 @@ from typing import Any, Optional
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from callbacks.checkpoint import CheckpointConfig
-from callbacks.ema import EMAConfig
-from callbacks.evaluation import EvaluationConfig
-from callbacks.preemption import PreemptionConfig
-from jobs.run.registry import data_class, method_class, nearest
-from jobs.tracking.logger import TrackingConfig
+from jobs.run.registry import data_class, known_data, known_method, load_class, method_class, nearest
 from medsynth.errors import UserError
 
 PRECISIONS = {
@@ -30,6 +26,9 @@ PRECISIONS = {
 """The strategies, and the precisions that each trains with; weights that learn are float32 in all of them."""
 GPU_NODE = Path(__file__).parents[2] / "configs/hardware/a100x8.yaml"
 """What lies under the config of a run on a cluster that says nothing of its hardware."""
+
+
+_SINGLE_KEYS = {"method", "run_dir", "seed"}  # at the top of a config; all else there are sections
 
 
 @dataclass
@@ -76,7 +75,7 @@ class HardwareConfig:
 
 @dataclass
 class RunConfig:
-    """A whole run."""
+    """A whole run. Classes that bring torch stand here as "module:Class", imported when the config is merged."""
 
     method: str = "???"
     """Which method, by its name in jobs/run/registry.py."""
@@ -92,15 +91,15 @@ class RunConfig:
     """Length and batches."""
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     """Devices, strategy, precision."""
-    ema: EMAConfig = field(default_factory=EMAConfig)
+    ema: Any = field(default="???", metadata={"class": "callbacks.ema:EMAConfig"})
     """Averaging of the trained weights."""
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    checkpoint: Any = field(default="???", metadata={"class": "callbacks.checkpoint:CheckpointConfig"})
     """What is saved when."""
-    preemption: PreemptionConfig = field(default_factory=PreemptionConfig)
+    preemption: Any = field(default="???", metadata={"class": "callbacks.preemption:PreemptionConfig"})
     """What becomes of a run that is asked to leave."""
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    evaluation: Any = field(default="???", metadata={"class": "callbacks.evaluation:EvaluationConfig"})
     """How the pictures are scored while training."""
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    tracking: Any = field(default="???", metadata={"class": "jobs.tracking.logger:TrackingConfig"})
     """Where MLflow is."""
 
 
@@ -113,8 +112,9 @@ def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> D
     """
     sources = [(str(file), _read(Path(file))) for file in files]
     sources += [(override, _parse(override)) for override in overrides]
-    untyped = OmegaConf.merge(*(source for _, source in sources))
-    config = _schema(untyped)
+    for name, source in sources:
+        _check_sections(name, source)
+    config = _schema(*_names(OmegaConf.merge(*(source for _, source in sources))))
     for name, source in sources:
         try:
             config = OmegaConf.merge(config, source)
@@ -198,16 +198,39 @@ def _parse(override: str) -> DictConfig:
     return OmegaConf.from_dotlist([override])
 
 
-def _schema(untyped: DictConfig) -> DictConfig:
-    method = OmegaConf.select(untyped, "method")
+def _check_sections(source: str, settings: DictConfig) -> None:
+    """Refuse a misspelt section, and a value in a section's place.
+
+    A key that resembles no section may be one of a section's own, written without it: for `_unknown_key` to say.
+    """
+    sections = {field_.name for field_ in fields(RunConfig)} - _SINGLE_KEYS
+    for key in map(str, settings):
+        close = nearest(key, sections | _SINGLE_KEYS)
+        if key in sections and not isinstance(settings._get_node(key), DictConfig):
+            raise UserError(f"{source}: {key} is a section: give its keys, {key}.KEY=VALUE")
+        if key not in sections | _SINGLE_KEYS and "did you mean" in close:
+            raise UserError(f"{source}: there is no key {key}{close}")
+
+
+def _names(untyped: DictConfig) -> tuple[str, str]:
+    """The method's and the data set's, which are known ones."""
+    method, data = OmegaConf.select(untyped, "method"), OmegaConf.select(untyped, "data.name")
     if method is None:
         raise UserError("no config file names a method (method: msdm)")
-    name = OmegaConf.select(untyped, "data.name")
-    if name is None:
+    if data is None:
         raise UserError("no config file names a data set (data: {name: medvqa_gi})")
+    known_method(method)
+    known_data(data)
+    return method, data
+
+
+def _schema(method: str, data: str) -> DictConfig:
     config = OmegaConf.structured(RunConfig)
+    for field_ in fields(RunConfig):
+        if "class" in field_.metadata:
+            config[field_.name] = OmegaConf.structured(load_class(field_.metadata["class"]))
     config.model = OmegaConf.structured(method_class(method).Config)
-    config.data = OmegaConf.structured(data_class(name).Config)
+    config.data = OmegaConf.structured(data_class(data).Config)
     _make_writable(config)
     return config
 

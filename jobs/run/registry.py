@@ -47,20 +47,31 @@ def nearest(word: str, known) -> str:
     return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(sorted(known))}"
 
 
-def method_class(name: str) -> type:
-    """The `GenerativeModule` subclass; raises UserError with the nearest name."""
+def known_method(name: str) -> Method:
+    """The method of that name; raises UserError with the nearest name."""
     if name not in METHODS:
         raise UserError(f"method={name} is not known{nearest(name, METHODS)}")
-    return _load(METHODS[name].target)
+    return METHODS[name]
+
+
+def known_data(name: str) -> str:
+    """Where the class of the data set of that name stands; raises UserError with the nearest name."""
+    if name not in DATA:
+        raise UserError(f"data.name={name} is not known{nearest(name, DATA)}")
+    return DATA[name]
+
+
+def method_class(name: str) -> type:
+    """The `GenerativeModule` subclass; raises UserError with the nearest name."""
+    return load_class(known_method(name).target)
 
 
 def data_class(name: str) -> type:
     """The `ImageDataModule` subclass; raises UserError with the nearest name."""
-    if name not in DATA:
-        raise UserError(f"data.name={name} is not known{nearest(name, DATA)}")
-    return _load(DATA[name])
+    return load_class(known_data(name))
 
 
-def _load(target: str) -> type:
+def load_class(target: str) -> type:
+    """The class of a target "module:Class"; its module is imported only now."""
     module, name = target.split(":")
     return getattr(importlib.import_module(module), name)

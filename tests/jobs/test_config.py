@@ -1,5 +1,9 @@
 """Configs: merging, and one clear line for each mistake."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 from omegaconf import OmegaConf
 
@@ -53,6 +57,60 @@ def test_a_mistake_is_one_clear_line(setting, said):
         load_config([TINY], [setting.strip(), "train.device_batch_size=2"] if "devices" in setting else [setting])
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+# Asked one after another in one new interpreter: argument lists of commands, and what each says.
+INSTANT = r"""
+import contextlib, io, sys, time
+from jobs.cli import main, run_command
+
+def said(*arguments):
+    with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()) as out:
+        sys.argv = ["medsynth", *arguments]
+        try:
+            run_command(main, "medsynth")
+        except SystemExit as end:
+            assert end.code == 2, end.code
+    return err.getvalue() + out.getvalue()
+
+sys.argv, tiny = sys.argv[:1], sys.argv[1]
+with open("broken.yaml", "w") as file:
+    file.write("a: [1, 2\nb: }")
+with open("empty.yaml", "w") as file:
+    file.write("seed: 1")
+with open("methodical.yaml", "w") as file:
+    file.write("method: msdm")
+assert "no config file nosuch.yaml" in said("train", "nosuch.yaml")
+assert "broken.yaml is no YAML" in said("train", "broken.yaml")
+assert "did you mean msdm?" in said("train", tiny, "method=msdn")
+assert "did you mean medvqa_gi?" in said("train", tiny, "data.name=medvqa")
+assert "there is no key trian; did you mean train?" in said("train", tiny, "trian.max_steps=3")
+assert "ema is a section" in said("train", tiny, "ema=0.9")
+assert "names a method" in said("train", "empty.yaml")
+assert "names a data set" in said("train", "methodical.yaml")
+assert "resolved YAML" in said("train", "--help")
+for others in (["encode"], ["prepare", "weights"], ["prepare", "depth"]):
+    assert "did you mean msdm?" in said(*others, tiny, "method=msdn", *(["--out", "x"] if "encode" in others else []))
+assert "did you mean msdm?" in said("submit", "--cluster", "local", tiny, "method=msdn")
+assert "did you mean msdm?" in said("submit", "--cluster", "kubernetes", tiny, "method=msdn")
+heavy = {"torch", "lightning", "diffusers", "transformers", "mlflow"} & sys.modules.keys()
+assert not heavy, heavy
+print(time.process_time())
+"""
+
+
+def test_what_needs_no_torch_is_said_at_once(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-c", INSTANT, str(TINY)]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 1.0, "seconds of CPU for all of these mistakes"
+
+
+@pytest.mark.parametrize("section", ["ema", "train", "model", "tracking"])
+def test_a_section_takes_no_value(section):
+    with pytest.raises(UserError, match=f"{section} is a section: give its keys"):
+        load_config([TINY], [f"{section}=null"])
 
 
 def test_what_is_missing_is_named():
