@@ -1,6 +1,8 @@
 """`medsynth train`: one run from its config, begun or resumed."""
 
 import os
+import shutil
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,11 +13,23 @@ import click
 from medsynth.errors import UserError
 
 
-@click.command()
+class _Command(click.Command):
+    """`--keys` alone asks for the table; click would take the CONFIG that follows for its value."""
+
+    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(context, ["--keys=table" if arg == "--keys" else arg for arg in args])
+
+
+@click.command(cls=_Command)
 @click.argument("config", nargs=-1, required=True, metavar="CONFIG... [KEY=VALUE]...")
 @click.option("--print", "print_only", is_flag=True, help="Print the resolved YAML and stop.")
-@click.option("--keys", is_flag=True, help="List every KEY of this run with type, value and meaning, and stop.")
-def main(config: tuple[str, ...], print_only: bool, keys: bool) -> None:
+@click.option(
+    "--keys",
+    type=click.Choice(["table", "json"]),
+    metavar="[=json]",
+    help="List every KEY of this run with type, value and meaning, and stop.",
+)
+def main(config: tuple[str, ...], print_only: bool, keys: str | None) -> None:
     """Train a method.
 
     CONFIG are YAML files, merged in order; KEY=VALUE settings come last, for instance train.max_steps=1000. The same
@@ -27,22 +41,20 @@ def main(config: tuple[str, ...], print_only: bool, keys: bool) -> None:
     if print_only:
         click.echo(to_yaml(resolved), nl=False)
     elif keys:
-        _list_keys(resolved)
+        _list_keys(resolved, keys)
     else:
         train(resolved)
 
 
-def _list_keys(config) -> None:
+def _list_keys(config, form: str) -> None:
     from omegaconf import OmegaConf
-    from rich.console import Console
-    from rich.table import Table
 
-    from jobs.run.keys import describe
+    from jobs.run.keys import as_json, as_table, describe
 
-    table = Table("key", "type", "value", "meaning", box=None)
-    for key in describe(OmegaConf.to_object(config)):
-        table.add_row(key.name, key.type, str(key.value), key.meaning)
-    Console().print(table, highlight=False)
+    keys = describe(OmegaConf.to_object(config))
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    for line in [as_json(keys)] if form == "json" else as_table(keys, width):
+        click.echo(line)
 
 
 def train(config):

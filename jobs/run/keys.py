@@ -2,10 +2,14 @@
 
 import ast
 import inspect
+import json
 import textwrap
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
+
+_NARROWEST = 30  # column of meanings, characters
 
 
 class Key(NamedTuple):
@@ -28,6 +32,25 @@ def describe(settings: Any, prefix: str = "") -> list[Key]:
         else:
             keys.append(Key(name, _type_name(field.type), value, meanings[field.name]))
     return keys
+
+
+def as_json(keys: Sequence[Key]) -> str:
+    """A list of objects with name, type, value and meaning."""
+    return json.dumps([key._asdict() for key in keys], indent=1, ensure_ascii=False, default=str)
+
+
+def as_table(keys: Sequence[Key], width: int | None) -> Iterator[str]:
+    """The lines of a table with a heading. `width`: characters a line, into which the meanings, and nothing else, are
+    wrapped where there is room for them; None for one line a key."""
+    rows = [(key.name, key.type, str(key.value).replace("\n", "\\n"), key.meaning) for key in keys]
+    rows.insert(0, Key._fields)
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    left = sum(widths) + 2 * len(widths)
+    for row in rows:
+        start = "  ".join(cell.ljust(wide) for cell, wide in zip(row, widths, strict=False))
+        lines = [row[3]] if width is None else textwrap.wrap(row[3], max(_NARROWEST, width - left))
+        yield f"{start}  {lines[0]}"
+        yield from (" " * left + line for line in lines[1:])
 
 
 def _type_name(annotation: Any) -> str:

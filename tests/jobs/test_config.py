@@ -1,13 +1,17 @@
 """Configs: merging, and one clear line for each mistake."""
 
+import json
 import os
 import subprocess
 import sys
 
 import pytest
+from click.testing import CliRunner
 from omegaconf import OmegaConf
 
 from jobs.run.config import accumulation, load_config, to_yaml
+from jobs.run.keys import Key, as_table
+from jobs.train import main
 from medsynth.errors import UserError
 from tests.conftest import REPOSITORY
 
@@ -143,3 +147,26 @@ def test_everything_is_typed():
     config = load_config([TINY])
     for section in ("data", "model", "train", "hardware", "ema", "checkpoint", "evaluation", "tracking"):
         assert OmegaConf.get_type(config[section]) is not dict, section
+
+
+def test_keys_are_printed_as_they_are():
+    meaning = "What [x] stands for in [/a prompt]; see [bold]."
+    keys = [Key("data.word", "str", "[x]", meaning), Key("n", "int", 3, "Many.")]
+    heading, word, n = as_table(keys, width=None)
+    assert word == f"data.word  str   [x]    {meaning}"
+    assert heading.index("meaning") == word.index("What") == n.index("Many.")
+    _, first, second, _ = as_table(keys, width=60)
+    assert first == "data.word  str   [x]    What [x] stands for in [/a prompt];"
+    assert second == " " * word.index("What") + "see [bold]."
+    assert all(key.name in " ".join(as_table(keys, width=20)) for key in keys), "names are whole on any terminal"
+
+
+def test_keys_are_listed_whole_to_a_pipe_and_to_programs():
+    preset = str(REPOSITORY / "configs/tiny/dreambooth.yaml")
+    table = CliRunner().invoke(main, ["--keys", preset]).output.splitlines()
+    listed = json.loads(CliRunner().invoke(main, [preset, "--keys=json"]).output)
+    assert [line.split()[0] for line in table[1:]] == [key["name"] for key in listed]
+    assert all(key["meaning"] in line for line, key in zip(table[1:], listed, strict=True))
+    assert any("[" in key["meaning"] for key in listed)
+    (steps,) = [key for key in listed if key["name"] == "train.max_steps"]
+    assert (steps["type"], steps["value"]) == ("Optional[int]", 2)
