@@ -24,24 +24,28 @@ COMMANDS = {
 }
 
 
+def _command(name: str) -> click.Command:
+    return importlib.import_module(f"jobs.{name}").main
+
+
 class _LazyGroup(click.Group):
     """Imports a subcommand's module only when it is called or asked for its options."""
 
-    def list_commands(self, context: click.Context) -> list[str]:
+    def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
 
-    def get_command(self, context: click.Context, name: str) -> click.Command | None:
-        if name not in COMMANDS:
-            return None
-        return importlib.import_module(f"jobs.{name}").main
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        return _command(cmd_name) if cmd_name in COMMANDS else None
 
-    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
 
-    def resolve_command(self, context: click.Context, args: list[str]):
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
         try:
-            return super().resolve_command(context, args)
+            return super().resolve_command(ctx, args)
         except click.UsageError as error:
             from jobs.run.registry import nearest
 
@@ -59,7 +63,7 @@ def run(command: str | None = None) -> None:
     if command is None:
         run_command(main, "medsynth")
     else:
-        run_command(main.get_command(click.Context(main), command), f"medsynth {command}")
+        run_command(_command(command), f"medsynth {command}")
 
 
 def run_command(command: click.Command, name: str) -> None:

@@ -5,11 +5,20 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from medsynth.errors import UserError
+
+if TYPE_CHECKING:
+    from lightning import Fabric
+    from omegaconf import DictConfig
+    from torch import Tensor
+
+    from datamodules.base import ImageDataModule
+    from datamodules.files.latents import CacheWriter
+    from lightning_modules.families.latent_diffusion import LatentDiffusion
 
 
 @click.command()
@@ -36,7 +45,7 @@ def main(config: tuple[str, ...], out: Path, variants: int, batch_size: int, sha
     encode(load_arguments(config), out, variants, batch_size, shard_rows)
 
 
-def encode(config, out: Path, variants: int = 1, batch_size: int = 64, shard_rows: int = 1024) -> None:
+def encode(config: "DictConfig", out: Path, variants: int = 1, batch_size: int = 64, shard_rows: int = 1024) -> None:
     """Write `out` as datamodules/files/latents.py says, on all processes; shards that are there already are kept.
 
     Raises:
@@ -71,7 +80,7 @@ def encode(config, out: Path, variants: int = 1, batch_size: int = 64, shard_row
         click.echo(f"{', '.join(f'{length} {part}' for part, length in rows.items())} in {out}")
 
 
-def _build(config):
+def _build(config: "DictConfig") -> "LatentDiffusion":
     """The module with its encoders."""
     from jobs.run.folder import build_module
     from lightning_modules.families.latent_diffusion import LatentDiffusion
@@ -87,7 +96,7 @@ def _build(config):
     return module
 
 
-def _launch(hardware):
+def _launch(hardware: Any) -> "Fabric":
     """This process as one of all that the config asks for; the others are started unless a launcher has."""
     import logging
     from datetime import timedelta
@@ -117,7 +126,7 @@ def _launch(hardware):
     return fabric
 
 
-def _draw(fabric, module, data, batch_size: int) -> None:
+def _draw(fabric: "Fabric", module: "LatentDiffusion", data: "ImageDataModule", batch_size: int) -> None:
     """Have all processes draw the class pictures that the data set lacks, as training would."""
     from rich.progress import Progress
 
@@ -136,7 +145,14 @@ def _draw(fabric, module, data, batch_size: int) -> None:
     data.check()
 
 
-def _write_shards(fabric, writer, rows: dict[str, int], encoders: "_Encoders", data, captions: list[str]) -> None:
+def _write_shards(
+    fabric: "Fabric",
+    writer: "CacheWriter",
+    rows: dict[str, int],
+    encoders: "_Encoders",
+    data: "ImageDataModule",
+    captions: list[str],
+) -> None:
     """Write this process's share of the shards, but for those that are there."""
     from rich.progress import Progress
     from torch.utils.data import DataLoader
@@ -148,16 +164,18 @@ def _write_shards(fabric, writer, rows: dict[str, int], encoders: "_Encoders", d
     with Progress(transient=True, disable=not fabric.is_global_zero) as progress:
         missing = [s for s in progress.track(mine, description="looking at what is there") if not writer.keeps(s)]
         pictures = [shard for shard in missing if shard.part != TEXT]
-        loader = DataLoader(_Pictures(data, pictures), batch_size=None, num_workers=data.config.workers)
+        shown = _Pictures(data, pictures)
+        # pyrefly: ignore[bad-argument-type]  # torch takes whatever has a length and items, its annotation a Dataset
+        loader = DataLoader(shown, batch_size=None, num_workers=data.config.workers)
         stream = iter(loader)
         task = progress.add_task("encoding", total=sum(rows.values()), completed=writer.finished_rows(shards))
         for shard in missing:
             if shard.part == TEXT:
-                shown = captions[shard.rows.start : shard.rows.stop]
-                writer.write(shard, encoders.text(shown), captions=shown)
+                own = captions[shard.rows.start : shard.rows.stop]
+                writer.write(shard, encoders.text(own), captions=own)
             else:
-                own = islice(stream, len(shard.rows))
-                writer.write(shard, encoders.pictures(_counted(own, partial(progress.advance, task))))
+                read = _counted(islice(stream, len(shard.rows)), partial(progress.advance, task))
+                writer.write(shard, encoders.pictures(read))
             progress.update(task, completed=writer.finished_rows(shards))  # the other processes' as well
 
 
@@ -192,7 +210,7 @@ class _Pictures:
 class _Encoders:
     """What a module encodes with, `batch_size` at once, as a shard's tensors on the CPU."""
 
-    def __init__(self, module, autocast, batch_size: int):
+    def __init__(self, module: "LatentDiffusion", autocast: Callable[[], Any], batch_size: int):
         self.module, self.autocast, self.batch_size = module, autocast, batch_size
 
     def pictures(self, pictures: Iterable[tuple[bytes, Any]]) -> dict[str, Any]:
@@ -227,7 +245,7 @@ class _Encoders:
             "mask": torch.cat([context.mask.cpu() for context in contexts]),
         }
 
-    def _encode(self, pictures: list):
+    def _encode(self, pictures: "list[Tensor]") -> "dict[str, Tensor]":
         import torch
 
         images = torch.stack(pictures).to(self.module.device)

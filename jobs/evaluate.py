@@ -1,11 +1,16 @@
 """`medsynth evaluate`: score a folder of pictures against a folder of real ones."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from medsynth.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _WHAT = {
     "fid": "Fréchet distance, Inception of 2015-12-05; lower is better",
@@ -34,8 +39,9 @@ _WHAT = {
 @click.option("--out", type=click.Path(path_type=Path), help="JSON file for the scores. [default: only the table]")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1 …")
 def main(
-    real: Path, fake: Path, extractor: str, weights, resolution, batch_size: int, workers: int, out, device
-) -> None:
+    real: Path, fake: Path, extractor: str, weights: str | None, resolution: int | None, batch_size: int, workers: int,
+    out: Path | None, device: str,
+) -> None:  # fmt: skip
     """Score generated pictures against real ones: FID, KID, Inception Score, precision, recall, F1.
 
     Folders of any size: pictures stream through, of any mode and size.
@@ -81,7 +87,8 @@ class _Folder:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int):
+    def __getitem__(self, index: int) -> "Tensor | str":
+        """A string says why the picture cannot be read."""
         from datamodules.files.images import MOST_PIXELS, crop_square, read_rgb
 
         try:
@@ -91,11 +98,14 @@ class _Folder:
         return crop_square(picture, self.resolution) if self.resolution else picture
 
 
-def _stream(folder: _Folder, update, title: str, batch_size: int, workers: int) -> None:
+def _stream(
+    folder: _Folder, update: Callable[["Tensor", "Tensor"], None], title: str, batch_size: int, workers: int
+) -> None:
     import torch
     from rich.progress import Progress
     from torch.utils.data import DataLoader
 
+    # pyrefly: ignore[bad-argument-type]  # torch takes whatever has a length and items, its annotation a Dataset
     loader = DataLoader(folder, batch_size, num_workers=workers, collate_fn=list)
     first = 0
     with torch.no_grad(), Progress(transient=True) as progress:
@@ -109,7 +119,7 @@ def _stream(folder: _Folder, update, title: str, batch_size: int, workers: int) 
             progress.update(task, completed=first)
 
 
-def _update_by_size(pictures, first: int, update) -> None:
+def _update_by_size(pictures: "list[Tensor]", first: int, update: Callable[["Tensor", "Tensor"], None]) -> None:
     """Pictures of one size go through the extractor together."""
     import torch
 

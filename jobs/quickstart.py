@@ -1,8 +1,14 @@
 """`make quickstart`: MSDM from nothing to pictures, on the CPU, in minutes."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+from medsynth.errors import UserError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 _CONFIGS = Path(__file__).parent.parent / "configs" / "quickstart"
 
@@ -37,12 +43,15 @@ def main(out: Path) -> None:
     _report(config, out)
 
 
-def _report(config, out: Path) -> None:
+def _report(config: "DictConfig", out: Path) -> None:
     from jobs.tracking.server import mlflow_client, resolve_uri, ui_command
     from jobs.tracking.spool import read_run_id
 
+    run_id = read_run_id(out / "msdm")
+    if run_id is None:
+        raise UserError(f"MLflow has not been reached; start it, and medsynth track {out / 'msdm'} sends the record")
     client = mlflow_client(resolve_uri(config.tracking.uri))
-    history = client.get_metric_history(read_run_id(out / "msdm"), "eval/fd_random")
+    history = client.get_metric_history(run_id, "eval/fd_random")
     before, after = min(history, key=lambda m: m.step), max(history, key=lambda m: m.step)
     grid = sorted((out / "msdm" / "grids").glob("*.png"))[-1]
     click.echo()

@@ -2,11 +2,18 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
 from medsynth.errors import UserError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+    from torch import Tensor
+
+    from datamodules.batches import Conditions
+    from lightning_modules.base import GenerativeModule
 
 
 @click.command()
@@ -40,13 +47,13 @@ def main(
         raise UserError("give one of --prompts FILE, --prompt TEXT, --labels NAMES and --validation COUNT")
     from jobs.run.folder import load_run, pick_device
 
-    listed = None if prompts is None else _read_prompts(prompts)
+    listed = [prompt] * count if prompt is not None else _read_prompts(prompts) if prompts else []
     module, config = load_run(run_dir, checkpoint)
     _require(module, "labels" if labels else "captions", validation, f"{run_dir}: {config.method}")
     if validation:
         asked = _validation(config, validation)
     else:
-        asked = _classes(run_dir, labels, count) if labels else _words(listed or [prompt] * count)
+        asked = _classes(run_dir, labels, count) if labels else _words(listed)
     module.to(pick_device(device))
     facts = {"method": config.method, "steps": str(steps or "default"), "guidance": str(guidance or "default")}
     texts = [facts | said | {"seed": str(seed), "row": str(i)} for i, said in enumerate(asked.texts)]
@@ -54,7 +61,7 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     click.echo(f"{len(texts) - len(missing)} of {len(texts)} pictures are there already")
 
-    def draw(rows: list[int], seeds: list[int]):
+    def draw(rows: list[int], seeds: list[int]) -> "Tensor":
         return module.sample(asked.rows(rows).to(module.device), seeds, steps=steps, guidance=guidance)
 
     _draw(draw, missing, batch_size, seed, out, texts)
@@ -65,10 +72,10 @@ class _Asked(NamedTuple):
     """What each picture is to show, by name, and row numbers -> their `Conditions`, which are read by the batch."""
 
     texts: list[dict[str, str]]
-    rows: Callable
+    rows: "Callable[[list[int]], Conditions]"
 
 
-def _require(module, kind: str, validation: int | None, who: str) -> None:
+def _require(module: "GenerativeModule", kind: str, validation: int | None, who: str) -> None:
     """Raise UserError unless the method draws for conditions of that kind, or for some where it is to validate."""
     kinds = module.supports.conditions
     if not kinds:
@@ -112,13 +119,18 @@ def _classes(run_dir: Path, labels: str, count: int) -> _Asked:
     )
 
 
-def _validation(config, count: int) -> _Asked:
+def _validation(config: "DictConfig", count: int) -> _Asked:
     from jobs.run.folder import build_source
 
     data, _ = build_source(config)
-    asked = [data.evaluation_conditions([i]) for i in range(count)]
-    texts = [{"prompt": one.captions[0]} if one.captions else {"label": str(int(one.labels[0]))} for one in asked]
-    return _Asked(texts, data.evaluation_conditions)
+    return _Asked([_said(data.evaluation_conditions([i])) for i in range(count)], data.evaluation_conditions)
+
+
+def _said(conditions: "Conditions") -> dict[str, str]:
+    """One row of conditions in words; what steers it beside them is a picture."""
+    said = {"prompt": caption for caption in conditions.captions or []}
+    labels = [] if conditions.labels is None else conditions.labels.tolist()
+    return said | {"label": str(label) for label in labels}
 
 
 def _draw(draw: Callable, missing: list[int], batch_size: int, seed: int, out: Path, texts: list[dict]) -> None:
@@ -152,7 +164,7 @@ def _exists(path: Path, texts: dict[str, str]) -> bool:
     return True
 
 
-def _write(pixels, path: Path, texts: dict[str, str]) -> None:
+def _write(pixels: "Tensor", path: Path, texts: dict[str, str]) -> None:
     from PIL import Image, PngImagePlugin
 
     from medsynth import __version__

@@ -17,16 +17,22 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from medsynth.errors import UserError
 from medsynth.exit_codes import NO_PROGRESS, PREEMPTED, USER_ERROR
 from medsynth.files import write_whole
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+    from submitit import Executor, Job, JobEnvironment
+    from submitit.helpers import DelayedSubmission
 
 _ENDED = re.compile("COMPLETED|FAILED|CANCELLED|TIMEOUT|NODE_FAIL|OUT_OF_MEMORY|BOOT_FAIL|DEADLINE|PREEMPTED|FORGOTTEN")
 SIGNAL_SECONDS = 300
@@ -47,7 +53,16 @@ _CPUS_PER_GPU = 8
 @click.option("--image", help="Container image of the pods, for kubernetes.")
 @click.option("--watch", is_flag=True, help="Follow the log to the end, and end with the job's exit code.")
 @click.option("--dry-run", is_flag=True, help="Print what would be submitted, and stop.")
-def main(config, cluster: str, nodes, gpus, limit: str, image: str | None, watch: bool, dry_run: bool) -> None:
+def main(
+    config: tuple[str, ...],
+    cluster: str,
+    nodes: int | None,
+    gpus: int | None,
+    limit: str,
+    image: str | None,
+    watch: bool,
+    dry_run: bool,
+) -> None:
     """Train a method on a cluster.
 
     CONFIG and KEY=VALUE are those of `medsynth train`. For slurm, slurm/site.env gives partition, account and the like;
@@ -69,7 +84,9 @@ def main(config, cluster: str, nodes, gpus, limit: str, image: str | None, watch
     sys.exit(submit(executor, resolved, watch))
 
 
-def load_for_job(cluster: str, arguments: Sequence[str], nodes: int | None, gpus: int | None, on_cpus: bool = False):
+def load_for_job(
+    cluster: str, arguments: Sequence[str], nodes: int | None, gpus: int | None, on_cpus: bool = False
+) -> "DictConfig":
     """The resolved config of `arguments` on that many machines and processes a machine.
 
     Raises:
@@ -106,7 +123,7 @@ def read_site() -> dict[str, str]:
     result = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
     if result.returncode:
         raise UserError(result.stderr.strip().removeprefix("slurm: "))
-    return dict(line.partition("=")[::2] for line in result.stdout.split("\0") if line)
+    return {name: value for name, _, value in (line.partition("=") for line in result.stdout.split("\0") if line)}
 
 
 def parse_minutes(limit: str) -> int:
@@ -118,7 +135,7 @@ def parse_minutes(limit: str) -> int:
     return max(1, (days * 24 + hours) * 60 + minutes + (seconds > 0))
 
 
-def make_executor(cluster: str, config, minutes: int, site: dict[str, str]):
+def make_executor(cluster: str, config: "DictConfig", minutes: int, site: dict[str, str]) -> "Executor":
     """submitit's executor for the run, one task a process of training.
 
     Raises:
@@ -137,7 +154,7 @@ def make_executor(cluster: str, config, minutes: int, site: dict[str, str]):
     return executor
 
 
-def _make_local_executor(hardware, folder: Path, site: dict[str, str]):
+def _make_local_executor(hardware: Any, folder: Path, site: dict[str, str]) -> "Executor":
     import submitit
 
     if hardware.nodes > 1:
@@ -158,7 +175,7 @@ def _visible_gpus() -> list[int]:
     return [int(name) for name in names if name.strip().isdigit()]
 
 
-def _make_slurm_executor(hardware, folder: Path, site: dict[str, str]):
+def _make_slurm_executor(hardware: Any, folder: Path, site: dict[str, str]) -> "Executor":
     import submitit
     from submitit.core.utils import JobPaths
 
@@ -182,11 +199,11 @@ def _make_slurm_executor(hardware, folder: Path, site: dict[str, str]):
     return executor
 
 
-def _gpus(hardware) -> int:
+def _gpus(hardware: Any) -> int:
     return 0 if hardware.accelerator == "cpu" else hardware.devices
 
 
-def submit(executor, config, watch: bool) -> int:
+def submit(executor: "Executor", config: "DictConfig", watch: bool) -> int:
     """Submit the run, say where it is, and with `watch` follow it; the exit code, 0 for a job that was left alone."""
     from submitit.core.utils import FailedJobError
 
@@ -209,7 +226,7 @@ def submit(executor, config, watch: bool) -> int:
     return _follow(job) if watch else 0
 
 
-def _write_submission(config) -> Path:
+def _write_submission(config: "DictConfig") -> Path:
     from jobs.run.config import to_yaml
 
     path = Path(config.run_dir).absolute() / f"submit/{datetime.now():%Y%m%d-%H%M%S-%f}.yaml"
@@ -241,10 +258,11 @@ class TrainJob:
             if code in (0, USER_ERROR, NO_PROGRESS):
                 write_whole(_exit_code_file(job), str(code))
             elif code == PREEMPTED and job.cluster == "local":
+                assert callable(requeue), "submitit listens to the signal in every job"
                 requeue(signal.SIGUSR1, None)
         sys.exit(code)
 
-    def checkpoint(self):
+    def checkpoint(self) -> "DelayedSubmission":
         """The submission that goes on: the same, for the run directory holds what was reached."""
         from submitit.helpers import DelayedSubmission
 
@@ -264,7 +282,7 @@ class TrainJob:
         return 0
 
 
-def _handle(handler) -> None:
+def _handle(handler: Callable[[int, FrameType | None], Any] | signal.Handlers) -> None:
     """Set what becomes of the signals that ask a run to leave, where training does not listen itself."""
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, handler)
@@ -275,7 +293,7 @@ def _leave_unbegun(number: int, frame: FrameType | None) -> None:
     sys.exit(PREEMPTED)
 
 
-def _join_local_processes(job) -> None:
+def _join_local_processes(job: "JobEnvironment") -> None:
     """Tell Lightning of the processes that submitit has started, as torchrun would."""
     for name in [name for name in os.environ if name.startswith("SLURM_")]:
         del os.environ[name]  # of an allocation in which this is called: it is not what trains here
@@ -293,12 +311,12 @@ def _slurm_state(job_id: str) -> str:
     return match[1] if match else ""
 
 
-def _exit_code_file(job) -> Path:
+def _exit_code_file(job: "Job[Any] | JobEnvironment") -> Path:
     """Of a submitit job, seen from outside or from inside."""
     return job.paths.folder / f"{job.job_id}_exit_code"
 
 
-def _follow(job) -> int:
+def _follow(job: "Job[Any]") -> int:
     """Print the log of rank 0 as it grows until the job has ended; its exit code, 1 where it crashed or was ended."""
     code, log, position = _exit_code_file(job), job.paths.stdout, 0
     while True:
@@ -313,7 +331,7 @@ def _follow(job) -> int:
         time.sleep(1)
 
 
-def _has_ended(job) -> bool:
+def _has_ended(job: "Job[Any]") -> bool:
     import submitit
 
     if isinstance(job, submitit.LocalJob):
@@ -321,7 +339,7 @@ def _has_ended(job) -> bool:
     return _ENDED.fullmatch(_slurm_state(job.job_id)) is not None
 
 
-def _print_submission(executor, config) -> None:
+def _print_submission(executor: "Executor", config: "DictConfig") -> None:
     import submitit
 
     from jobs.run.config import to_yaml
@@ -331,7 +349,7 @@ def _print_submission(executor, config) -> None:
     click.echo(to_yaml(config), nl=False)
 
 
-def _submit_to_kubernetes(config, image: str | None, watch: bool, dry_run: bool) -> None:
+def _submit_to_kubernetes(config: "DictConfig", image: str | None, watch: bool, dry_run: bool) -> None:
     from jobs.cluster.kubernetes import IMAGE, apply, render
 
     if watch:

@@ -39,6 +39,7 @@ def read_sweep(path: Path) -> tuple[str, list[list[str]]]:
     """
     try:
         sweep = OmegaConf.to_container(OmegaConf.load(path))
+        assert isinstance(sweep, dict)
         config, grid = sweep["config"], sweep["grid"]
         points = list(product(*([(key, value) for value in values] for key, values in grid.items())))
     except FileNotFoundError:

@@ -7,17 +7,28 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from medsynth.errors import UserError
 
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+    from omegaconf import DictConfig
+
+    from callbacks.evaluation import Evaluation
+    from callbacks.preemption import Preemption, StopRequest
+    from datamodules.base import ImageDataModule
+    from jobs.tracking.logger import RunTracker
+    from lightning_modules.base import GenerativeModule
+
 
 class _Command(click.Command):
     """`--keys` alone asks for the table; click would take the CONFIG that follows for its value."""
 
-    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
-        return super().parse_args(context, ["--keys=table" if arg == "--keys" else arg for arg in args])
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, ["--keys=table" if arg == "--keys" else arg for arg in args])
 
 
 @click.command(cls=_Command)
@@ -46,7 +57,7 @@ def main(config: tuple[str, ...], print_only: bool, keys: str | None) -> None:
         train(resolved)
 
 
-def _list_keys(config, form: str) -> None:
+def _list_keys(config: "DictConfig", form: str) -> None:
     from omegaconf import OmegaConf
 
     from jobs.run.keys import as_json, as_table, describe
@@ -57,7 +68,7 @@ def _list_keys(config, form: str) -> None:
         click.echo(line)
 
 
-def train(config):
+def train(config: "DictConfig") -> "Trainer":
     """Run `config` to its end and return the Lightning trainer.
 
     Raises:
@@ -70,7 +81,7 @@ def train(config):
         return _train(config, request)
 
 
-def _train(config, request):
+def _train(config: "DictConfig", request: "StopRequest") -> "Trainer":
     from jobs.run.config import instantiate
     from jobs.run.folder import build_data, write_config
     from jobs.run.summary import print_summary
@@ -87,7 +98,7 @@ def _train(config, request):
     evaluation, preemption = _make_callbacks(config, request)
 
     write_config(config)
-    data.write_split(run_dir)
+    data.write_split(str(run_dir))
     tracker = RunTracker(run_dir, instantiate(config, "tracking"), config.tracking.run_name or run_dir.name)
     trainer = _build_trainer(config, module, evaluation, preemption, tracker)
     if trainer.is_global_zero:
@@ -104,7 +115,7 @@ def _train(config, request):
     return trainer
 
 
-def _set_up_process(config) -> None:
+def _set_up_process(config: "DictConfig") -> None:
     """What holds for the whole process: threads, seeds, and which warnings are worth reading."""
     import lightning as L
     import torch
@@ -117,7 +128,7 @@ def _set_up_process(config) -> None:
     L.seed_everything(config.seed, workers=True, verbose=False)
 
 
-def _make_module(config):
+def _make_module(config: "DictConfig") -> "GenerativeModule":
     """The method with its networks; refused before they are made where it cannot train so, or weights are missing."""
     from jobs.run.folder import build_module, use_cache
 
@@ -131,7 +142,7 @@ def _make_module(config):
     return module
 
 
-def _make_callbacks(config, request):
+def _make_callbacks(config: "DictConfig", request: "StopRequest") -> "tuple[Evaluation, Preemption]":
     """Evaluation and preemption, which ask each other."""
     from callbacks.durable import LAST
     from callbacks.evaluation import Evaluation
@@ -159,7 +170,7 @@ def _newest_checkpoint(run_dir: Path, says: bool) -> Path | None:
 
 
 @contextmanager
-def _ending(tracker) -> Iterator[None]:
+def _ending(tracker: "RunTracker") -> Iterator[None]:
     """Tell MLflow how a run ended that did not come to its end."""
     try:
         yield
@@ -171,7 +182,7 @@ def _ending(tracker) -> Iterator[None]:
         raise
 
 
-def _whole(module, trainer, config):
+def _whole(module: "GenerativeModule", trainer: "Trainer", config: "DictConfig") -> "GenerativeModule":
     """A module that can hold all weights: this process's own holds a part of them where the strategy shards them."""
     from jobs.run.folder import build_module
     from jobs.run.strategies import is_sharded
@@ -182,7 +193,7 @@ def _whole(module, trainer, config):
     return module
 
 
-def _export(module, run_dir, tracker):
+def _export(module: "GenerativeModule", run_dir: Path, tracker: "RunTracker") -> None:
     """Write the best checkpoint's weights as other libraries read them."""
     from jobs.run.folder import find_checkpoint, load_weights
 
@@ -193,7 +204,7 @@ def _export(module, run_dir, tracker):
     click.echo(f"best checkpoint {best}, exported to {out}")
 
 
-def check_support(config, module) -> None:
+def check_support(config: "DictConfig", module: "GenerativeModule") -> None:
     """Raises UserError where the method does not train with the configured strategy or accumulation."""
     from jobs.run.config import accumulation
 
@@ -209,7 +220,13 @@ def check_support(config, module) -> None:
         )
 
 
-def _build_trainer(config, module, evaluation, preemption, tracker):
+def _build_trainer(
+    config: "DictConfig",
+    module: "GenerativeModule",
+    evaluation: "Evaluation",
+    preemption: "Preemption",
+    tracker: "RunTracker",
+) -> "Trainer":
     import lightning as L
     from lightning.pytorch.callbacks import LearningRateMonitor
 
@@ -222,7 +239,7 @@ def _build_trainer(config, module, evaluation, preemption, tracker):
 
     train, hardware = config.train, config.hardware
     throughput = Throughput(train.global_batch_size)
-    callbacks = [throughput, RunProgress(throughput), LearningRateMonitor("step"), evaluation]
+    callbacks: list[L.Callback] = [throughput, RunProgress(throughput), LearningRateMonitor("step"), evaluation]
     callbacks.append(ClassPictures(config.evaluation.batch_size))
     if config.ema.decay:
         callbacks.insert(0, EMA(instantiate(config, "ema")))
@@ -248,7 +265,7 @@ def _build_trainer(config, module, evaluation, preemption, tracker):
     )
 
 
-def _plugins() -> list:
+def _plugins() -> list[Any]:
     from lightning.pytorch.plugins.environments import SLURMEnvironment
 
     from callbacks.durable import DurableCheckpointIO
@@ -258,7 +275,13 @@ def _plugins() -> list:
     return [DurableCheckpointIO(), *slurm]
 
 
-def _log_run(tracker, config, module, data, facts: dict[str, str]) -> None:
+def _log_run(
+    tracker: "RunTracker",
+    config: "DictConfig",
+    module: "GenerativeModule",
+    data: "ImageDataModule",
+    facts: dict[str, str],
+) -> None:
     from omegaconf import OmegaConf
 
     from jobs.run.folder import CONFIG_FILE
@@ -266,7 +289,9 @@ def _log_run(tracker, config, module, data, facts: dict[str, str]) -> None:
     from lightning_modules.base import count_parameters
 
     trained, frozen = count_parameters(module)
-    tracker.log_hyperparams(OmegaConf.to_container(config, resolve=True))
+    params = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(params, dict), "a config is one of keys"
+    tracker.log_hyperparams({str(key): value for key, value in params.items()})
     tracker.log_artifact(Path(config.run_dir) / CONFIG_FILE)
     tracker.set_tags(
         facts

@@ -3,9 +3,11 @@
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import click
 from torch.distributed import DistError
@@ -13,6 +15,7 @@ from torch.distributed.elastic.agent.server import WorkerGroup, WorkerSpec, Work
 from torch.distributed.elastic.agent.server.api import RunResult
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousParameters, RendezvousTimeoutError
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
@@ -95,13 +98,19 @@ class Agent(LocalElasticAgent):
     def terminate(self) -> None:
         """Let the workers save and end; where none runs, end at once: with 0 if they have finished."""
         self.terminated = True
-        workers = [handler.proc for handler in self._pcontext.subprocess_handlers.values()] if self._pcontext else []
+        workers = self._processes()
         running = [worker for worker in workers if worker.returncode is None]
         if not running:
             finished = workers and not any(worker.returncode for worker in workers)
             sys.exit(0 if finished else PREEMPTED)
         for worker in running:
             worker.send_signal(signal.SIGTERM)
+
+    def _processes(self) -> list[subprocess.Popen[Any]]:
+        """The workers'; none before the first are started."""
+        if not isinstance(self._pcontext, SubprocessContext):
+            return []
+        return [handler.proc for handler in self._pcontext.subprocess_handlers.values()]
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
         if self.terminated:  # while workers were being stopped for a restart
@@ -118,7 +127,7 @@ class Agent(LocalElasticAgent):
 
     def _is_saving(self) -> bool:
         """Whether some workers have ended with PREEMPTED and others still save, which torch would cut short."""
-        codes = [handler.proc.poll() for handler in self._pcontext.subprocess_handlers.values()]
+        codes = [worker.poll() for worker in self._processes()]
         if None not in codes or PREEMPTED not in codes:
             return False
         self._first_end = self._first_end or time.monotonic()

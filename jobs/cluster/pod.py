@@ -41,7 +41,7 @@ def main(program: tuple[str, ...], **options) -> None:
     try:
         code = run(program, **options)
     except SystemExit as ending:  # by SIGTERM, with nothing to save
-        code = ending.code
+        code = ending.code if isinstance(ending.code, int) else 1
     sys.stdout.flush()
     sys.stderr.flush()
     # Not sys.exit: a thread of torch that still talks to a store which is gone aborts the end of the interpreter.

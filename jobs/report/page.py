@@ -2,6 +2,7 @@
 
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jinja2 import Environment, FileSystemLoader
 
@@ -10,8 +11,11 @@ from jobs.report.runs import Run
 from jobs.report.sheets import newest_grid
 from jobs.report.table import LEGEND, Comparison, column_heading, heading, sorted_keys
 
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
-def render_page(comparison: Comparison, runs: list[Run], client, uri: str) -> str:
+
+def render_page(comparison: Comparison, runs: list[Run], client: "MlflowClient", uri: str) -> str:
     """The page as HTML that needs no other file: tables, a panel of curves a metric, and each run's newest grid."""
     folder = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True)

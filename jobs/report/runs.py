@@ -5,10 +5,15 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from jobs.run.registry import nearest
 from jobs.tracking.server import cause, mlflow_client, public_uri, sqlite_path
 from medsynth.errors import UserError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run as Record
 
 # Which way a metric is better, in the order of the columns. A name that goes on after "_", as fd_random, counts too.
 BETTER: dict[str, Callable] = {
@@ -57,7 +62,8 @@ class Run:
     def best(self, key: str) -> tuple[int, float] | None:
         """(step, value) of the best finite value; None without one."""
         finite = [point for point in self.history.get(key, []) if math.isfinite(point[1])]
-        return better(key)(finite, key=lambda point: point[1]) if finite else None
+        choose = better(key)
+        return choose(finite, key=lambda point: point[1]) if choose and finite else None
 
 
 def better(key: str) -> Callable | None:
@@ -72,7 +78,7 @@ def kind_of(key: str) -> str | None:
     return next((kind for kind in BETTER if name == kind or name.startswith(f"{kind}_")), None)
 
 
-def connect(uri: str):
+def connect(uri: str) -> "MlflowClient":
     """A client of a server that answers; raises UserError where none does."""
     database = sqlite_path(uri)
     if database and not database.exists():  # MLflow would make an empty one
@@ -86,7 +92,7 @@ def connect(uri: str):
     return client
 
 
-def find_experiment(client, name: str) -> str:
+def find_experiment(client: "MlflowClient", name: str) -> str:
     """The experiment's id; raises UserError with the nearest name."""
     found = client.get_experiment_by_name(name)
     if found and found.lifecycle_stage == "active":
@@ -95,7 +101,9 @@ def find_experiment(client, name: str) -> str:
     raise UserError(f"there is no experiment {name}{nearest(name, names)}")
 
 
-def load_runs(client, experiment_id: str, experiment: str, wanted: tuple[str, ...], training: bool) -> list[Run]:
+def load_runs(
+    client: "MlflowClient", experiment_id: str, experiment: str, wanted: tuple[str, ...], training: bool
+) -> list[Run]:
     """The experiment's runs, oldest first, or those named; with `training` the long curves of training metrics too.
 
     Raises:
@@ -118,7 +126,7 @@ def load_runs(client, experiment_id: str, experiment: str, wanted: tuple[str, ..
     return [_load_run(client, record, _colour(i), training) for i, record in enumerate(named)]
 
 
-def _load_run(client, record, colour: str, training: bool) -> Run:
+def _load_run(client: "MlflowClient", record: "Record", colour: str, training: bool) -> Run:
     metrics = record.data.metrics
     history = {
         key: sorted((point.step, _value(point.value)) for point in client.get_metric_history(record.info.run_id, key))

@@ -4,12 +4,16 @@ import base64
 import io
 import tempfile
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import click
 from PIL import Image
 
 from jobs.report.runs import Run
 from jobs.tracking.server import LoggedImage, cause, logged_images
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 _PICTURE_SIDE = 1024  # pixels of an embedded grid's longer side, at most
 
@@ -27,7 +31,7 @@ class Grid:
     """Of the picture as logged, pixels."""
 
 
-def newest_grid(client, run: Run) -> Grid | None:
+def newest_grid(client: "MlflowClient", run: Run) -> Grid | None:
     """None where the run has no grid; where the artifact store does not give it, with a line that says so."""
     try:
         images = [image for image in logged_images(client, run.id) if image.key == "eval/grid"]
@@ -37,7 +41,7 @@ def newest_grid(client, run: Run) -> Grid | None:
         return None
 
 
-def _read_grid(client, run: Run, image: LoggedImage) -> Grid:
+def _read_grid(client: "MlflowClient", run: Run, image: LoggedImage) -> Grid:
     buffer = io.BytesIO()
     with (
         tempfile.TemporaryDirectory() as folder,

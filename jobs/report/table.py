@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, cast
 
 from omegaconf import OmegaConf
 from rich.console import Console
@@ -84,7 +84,8 @@ class Comparison:
 def paper_figures() -> list[PaperFigure]:
     """The papers' own figures, in the order of paper_figures.yaml."""
     entries = OmegaConf.load(Path(__file__).with_name("paper_figures.yaml"))
-    return [OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(PaperFigure), entry)) for entry in entries]
+    checked = [OmegaConf.merge(OmegaConf.structured(PaperFigure), entry) for entry in entries]
+    return [cast(PaperFigure, OmegaConf.to_object(entry)) for entry in checked]
 
 
 def compare(experiment: str, runs: list[Run], figures: list[PaperFigure], metric: str | None = None) -> Comparison:
@@ -120,9 +121,8 @@ def _add_group(comparison: Comparison, runs: list[Run], figures: list[PaperFigur
 def sorted_keys(keys: Iterable[str]) -> list[str]:
     """Those that a column is made of, in the order of the columns."""
     order = list(BETTER)
-    return sorted(
-        {key for key in keys if not key.startswith("train/")}, key=lambda key: (order.index(kind_of(key)), key)
-    )
+    columns = {(order.index(kind), key) for key in keys if not key.startswith("train/") and (kind := kind_of(key))}
+    return [key for _, key in sorted(columns)]
 
 
 def _rank(run: Run, key: str) -> float:

@@ -114,10 +114,10 @@ def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> D
     sources += [(override, _parse(override)) for override in overrides]
     for name, source in sources:
         _check_sections(name, source)
-    config = _schema(*_names(OmegaConf.merge(*(source for _, source in sources))))
+    config = _schema(*_names(_merge(*(source for _, source in sources))))
     for name, source in sources:
         try:
-            config = OmegaConf.merge(config, source)
+            config = _merge(config, source)
         except (ConfigKeyError, ConfigAttributeError) as error:
             raise UserError(_unknown_key(name, error, config)) from None
         except OmegaConfBaseException as error:
@@ -153,7 +153,13 @@ def load_for_nodes(arguments: Sequence[str], nodes: int | None = None, processes
 def _given(arguments: Sequence[str], key: str) -> Any:
     """What a command line says of a key, or None; the defaults say nothing."""
     sources = (_parse(argument) if "=" in argument else _read(Path(argument)) for argument in arguments)
-    return OmegaConf.select(OmegaConf.merge(*sources), key)
+    return OmegaConf.select(_merge(*sources), key)
+
+
+def _merge(*sources: DictConfig) -> DictConfig:
+    merged = OmegaConf.merge(*sources)
+    assert isinstance(merged, DictConfig), "as every source is"
+    return merged
 
 
 def instantiate(config: DictConfig, section: str) -> Any:

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from rich.progress import Progress
 
 from callbacks.durable import DurableCheckpointIO, newest_verified
@@ -53,8 +53,8 @@ def build_data(config: DictConfig, module: GenerativeModule) -> tuple[ImageDataM
     source, counts = build_source(config)
     if config.data.latents is None:
         return source, counts
-    cache = _open_cache(config, module)
-    return CachedLatents(source, cache, module.digests()), counts
+    latent, cache = _open_cache(config, module)
+    return CachedLatents(source, cache, latent.digests()), counts
 
 
 def use_cache(config: DictConfig, module: GenerativeModule) -> None:
@@ -66,8 +66,8 @@ def use_cache(config: DictConfig, module: GenerativeModule) -> None:
         UserError: there is no whole cache. Whether it fits is for `build_data` to say.
     """
     if config.data.latents is not None:
-        cache = _open_cache(config, module)
-        module.use_cache(None if module.text_digest() is None else cache.text())
+        latent, cache = _open_cache(config, module)
+        latent.use_cache(None if latent.text_digest() is None else cache.text())
 
 
 def write_config(config: DictConfig) -> None:
@@ -148,15 +148,17 @@ def pick_device(name: str) -> torch.device:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
 
-def _open_cache(config: DictConfig, module: GenerativeModule) -> Cache:
+def _open_cache(config: DictConfig, module: GenerativeModule) -> tuple[LatentDiffusion, Cache]:
+    """The module as what can learn from latents, and these."""
     if not isinstance(module, LatentDiffusion):
         raise UserError(f"data.latents: method={config.method} learns from pictures; leave the key out")
-    return Cache(Path(config.data.latents))
+    return module, Cache(Path(config.data.latents))
 
 
-def _refuse_another_run(config: DictConfig, old: DictConfig, run_dir: Path) -> None:
+def _refuse_another_run(config: DictConfig, old: DictConfig | ListConfig, run_dir: Path) -> None:
     resolved = OmegaConf.to_container(config, resolve=True)
     before = OmegaConf.to_container(old, resolve=True)  # loaded, so that keys which came later have their defaults
+    assert isinstance(resolved, dict) and isinstance(before, dict), "a config is one of keys"
     for section in _IDENTITY:
         if resolved[section] != before[section]:
             raise UserError(

@@ -42,8 +42,8 @@ def as_json(keys: Sequence[Key]) -> str:
 def as_table(keys: Sequence[Key], width: int | None) -> Iterator[str]:
     """The lines of a table with a heading. `width`: characters a line, into which the meanings, and nothing else, are
     wrapped where there is room for them; None for one line a key."""
-    rows = [(key.name, key.type, str(key.value).replace("\n", "\\n"), key.meaning) for key in keys]
-    rows.insert(0, Key._fields)
+    rows: list[tuple[str, ...]] = [Key._fields]
+    rows += [(key.name, key.type, str(key.value).replace("\n", "\\n"), key.meaning) for key in keys]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     left = sum(widths) + 2 * len(widths)
     for row in rows:
@@ -64,8 +64,10 @@ def _meanings(config_class: type) -> dict[str, str]:
     """Field -> the docstring that follows it, base classes' fields included."""
     found: dict[str, str] = {}
     for owner in reversed([c for c in config_class.__mro__ if is_dataclass(c)]):
-        body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0].body
-        for node, following in pairwise(body):
-            if isinstance(node, ast.AnnAssign) and isinstance(following, ast.Expr):
-                found[node.target.id] = " ".join(following.value.value.split())
+        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
+        assert isinstance(definition, ast.ClassDef)
+        for node, following in pairwise(definition.body):
+            match node, following:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                    found[name] = " ".join(text.split())
     return found

@@ -1,6 +1,7 @@
 """Names to classes. A new method or data set is one line here."""
 
 import importlib
+from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import NamedTuple
 
@@ -41,7 +42,7 @@ DATA = {
 }
 
 
-def nearest(word: str, known) -> str:
+def nearest(word: str, known: Iterable[str]) -> str:
     """`; did you mean …?` for the known word most like `word`, or the list of all where none is."""
     close = get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(sorted(known))}"

@@ -2,7 +2,8 @@
 
 import math
 import warnings
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision, MixedPrecision, Precision
@@ -77,6 +78,7 @@ class FSDP2(Sharded, ModelParallelStrategy):
         return Held(local, start, tuple(parameter.shape))
 
     def slot(self, parameter: nn.Parameter) -> Slot:
+        assert isinstance(parameter, DTensor), "each trained weight is sharded"
         return Slot(self.inner_optimizer().state[parameter], parameter, 0, parameter.to_local().numel())
 
     def publish(self) -> None:
@@ -89,7 +91,7 @@ class FSDP2(Sharded, ModelParallelStrategy):
 class AutocastZeRO(DeepSpeedPrecision):
     """Autocast around DeepSpeed's engine too, so that sampling computes as training does."""
 
-    def __init__(self, precision: str, device: str):
+    def __init__(self, precision: Literal["32-true", "bf16-mixed"], device: str):
         super().__init__(precision)
         self._device = device
 
@@ -100,8 +102,25 @@ class AutocastZeRO(DeepSpeedPrecision):
         # Lightning has divided by the number of micro-batches; DeepSpeed would once more.
         super().backward(tensor, model, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
-    def forward_context(self):
+    def forward_context(self) -> AbstractContextManager[Any]:
         return torch.autocast(self._device, dtype=torch.bfloat16, enabled=self.precision == "bf16-mixed")
+
+
+class _Partitioned(Protocol):
+    """What DeepSpeed adds to a parameter: `_hp_mapping` with stage 2, all else with stage 3."""
+
+    ds_shape: torch.Size
+    ds_numel: int
+    ds_tensor: Any
+    """This process's part, with its own ds_numel."""
+    ds_zero_partition_rank: int
+    ds_persist: bool
+    """Whether it is so small that it stays whole."""
+    _hp_mapping: Any
+    """Where its float32 copy lies; None where another process has it."""
+
+    def partition(self, param_list: list[Any]) -> None:
+        """Cut the whole parameters of the list into parts again."""
 
 
 class ZeRO(Sharded, DeepSpeedStrategy):
@@ -111,6 +130,7 @@ class ZeRO(Sharded, DeepSpeedStrategy):
     def __init__(self, stage: int, precision: str):
         super().__init__(stage=stage)
         mixed = precision == "bf16-mixed"
+        assert self.config is not None, "Lightning has made it of its defaults"
         self.config["torch_autocast"] = {"enabled": mixed, "dtype": "bfloat16"}
         self.stage = stage
         warnings.filterwarnings("ignore", module="deepspeed")
@@ -123,6 +143,7 @@ class ZeRO(Sharded, DeepSpeedStrategy):
         return torch.device("cpu", self.local_rank) if device.type == "cpu" else device
 
     def setup_environment(self) -> None:
+        assert self.parallel_devices and self.accelerator, "the Trainer has set them"
         if self.parallel_devices[0].type != "cpu":
             super().setup_environment()
             return
@@ -132,6 +153,7 @@ class ZeRO(Sharded, DeepSpeedStrategy):
         self._init_deepspeed_distributed()
 
     def setup(self, trainer: Any) -> None:
+        assert self.lightning_module is not None, "the Trainer has set it"
         self.lightning_module.to(memory_format=torch.contiguous_format)  # parts are cut from the row-major tensor
         super().setup(trainer)
 
@@ -160,18 +182,21 @@ class ZeRO(Sharded, DeepSpeedStrategy):
     def held(self, parameter: nn.Parameter) -> Held | Tensor:
         if self.stage == 2:
             return self._held_of_stage_2(parameter)
-        shape, tensor = tuple(parameter.ds_shape), parameter.ds_tensor
-        start = tensor.ds_numel * parameter.ds_zero_partition_rank
-        length = max(0, min(tensor.ds_numel, parameter.ds_numel - start))
+        whole = cast(_Partitioned, parameter)
+        shape, tensor = tuple(whole.ds_shape), whole.ds_tensor
+        start = tensor.ds_numel * whole.ds_zero_partition_rank
+        length = max(0, min(tensor.ds_numel, whole.ds_numel - start))
         if parameter.requires_grad:
             group, offset, _ = self._zero.grad_position[self._zero.get_param_id(parameter)]
             tensor = self._zero.fp32_partitioned_groups_flat[group][offset:]
         return Held(tensor.detach().view(-1)[:length], start if length else 0, shape)
 
     def slot(self, parameter: nn.Parameter) -> Slot:
-        length = self.held(parameter).values.numel()
+        held = self.held(parameter)
+        assert isinstance(held, Held), "each trained weight is cut into parts"
+        length = held.values.numel()
         if self.stage == 2:
-            flat, mapping = self._zero.single_partition_of_fp32_groups[0], parameter._hp_mapping
+            flat, mapping = self._zero.single_partition_of_fp32_groups[0], cast(_Partitioned, parameter)._hp_mapping
             offset = mapping.hp_fragment_address.start if mapping else 0
         else:
             group, offset, _ = self._zero.grad_position[self._zero.get_param_id(parameter)]
@@ -194,12 +219,13 @@ class ZeRO(Sharded, DeepSpeedStrategy):
 
     @property
     def _zero(self) -> Any:
+        assert self.model is not None, "set up before training"
         return self.model.optimizer
 
     def _held_of_stage_2(self, parameter: nn.Parameter) -> Held | Tensor:
         if not parameter.requires_grad:
             return parameter.detach()
-        mapping = parameter._hp_mapping
+        mapping = cast(_Partitioned, parameter)._hp_mapping
         if mapping is None:
             return Held(self._zero.single_partition_of_fp32_groups[0].detach()[:0], 0, tuple(parameter.shape))
         return Held(mapping.hp_fragment.detach(), mapping.lp_fragment_address.start, tuple(parameter.shape))
@@ -215,7 +241,7 @@ def _walk_only(zero: Any, networks: nn.Module) -> None:
 
 def _gather_anew(zero: Any, parameters: list[nn.Parameter]) -> None:
     """Keep ZeRO-3 from holding the small ones of `parameters` whole, which it renews at its own steps only."""
-    for parameter in parameters:
+    for parameter in (cast(_Partitioned, parameter) for parameter in parameters):
         if parameter.ds_persist:
             parameter.ds_persist = False
             parameter.partition([parameter])

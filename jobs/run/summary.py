@@ -1,5 +1,7 @@
 """What a run is about to do, before its first step."""
 
+from collections.abc import Mapping
+
 import torch
 from omegaconf import DictConfig
 from rich.console import Console
@@ -14,7 +16,7 @@ from lightning_modules.base import GenerativeModule, count_parameters
 
 
 def print_summary(
-    config: DictConfig, module: GenerativeModule, data: ImageDataModule, facts: dict[str, object]
+    config: DictConfig, module: GenerativeModule, data: ImageDataModule, facts: Mapping[str, object]
 ) -> None:
     """Print method, data, sizes and estimated memory. `facts` are the DataModule's counts."""
     trained, frozen = count_parameters(module)

@@ -2,14 +2,18 @@
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
 from jobs.tracking.server import cause, logged_images, mlflow_client, public_uri, sqlite_path, valid_key
 from jobs.tracking.spool import LANES, Spool
+
+if TYPE_CHECKING:  # importing MLflow costs seconds
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric, Run
 
 _log = logging.getLogger(__name__)
 
@@ -25,7 +29,7 @@ class Sender:
 
     def __init__(self, spool: Spool, uri: str):
         self._spool, self._uri = spool, uri
-        self._client = None  # None: not attached to the run
+        self._client: MlflowClient | None = None  # None: not attached to the run
         self._run_id: str | None = None
         self._cursor = dict.fromkeys(LANES, 0)  # bytes of the spool that the run has
         # What MLflow has: newest step of each metric, params, key and step of each picture (None until needed).
@@ -68,7 +72,12 @@ class Sender:
         self._images = None
         self._client = client
 
-    def _known_run(self, client, run_id: str | None):
+    def _attached(self) -> "tuple[MlflowClient, str]":
+        """The client and the run's id, which `_attach` has found."""
+        assert self._client is not None and self._run_id is not None, "nothing is sent before"
+        return self._client, self._run_id
+
+    def _known_run(self, client: "MlflowClient", run_id: str | None) -> "Run | None":
         """The run of this id; None where there is none, or it has been deleted."""
         from mlflow.exceptions import MlflowException
 
@@ -85,7 +94,7 @@ class Sender:
         _log.warning(message, public_uri(self._uri), run_id, self._spool.run_dir)
         return None
 
-    def _new_run(self, client, identity: Mapping[str, Any]):
+    def _new_run(self, client: "MlflowClient", identity: Mapping[str, Any]) -> "Run":
         """The run with this directory's key: one that was made but whose id got lost is found again, not made twice."""
         experiment, tag = self._experiment(client, identity["experiment"]), "medsynth.run_key"
         if found := client.search_runs([experiment], f"tags.`{tag}` = '{identity['key']}'", max_results=1):
@@ -93,7 +102,7 @@ class Sender:
         tags = {tag: identity["key"]}
         return client.create_run(experiment, identity["started"], tags, identity["run_name"])
 
-    def _experiment(self, client, name: str) -> str:
+    def _experiment(self, client: "MlflowClient", name: str) -> str:
         """The experiment's id; makes it where there is none."""
         from mlflow.exceptions import MlflowException
 
@@ -107,7 +116,9 @@ class Sender:
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-            return client.get_experiment_by_name(name).experiment_id  # another run has just made it
+            if found := client.get_experiment_by_name(name):  # another run has just made it
+                return found.experiment_id
+            raise
 
     def _send_records(self) -> None:
         while batch := self._next("records", self._EVENTS_A_BATCH):
@@ -172,8 +183,9 @@ class Sender:
         self._params |= new
         changed = {f"resumed.{e['key']}": e["value"] for e in params if self._params[e["key"]] != e["value"]}
         tags = {event["key"]: event["value"] for event in events if event["kind"] == "tag"} | changed
-        self._client.log_batch(
-            self._run_id,
+        client, run_id = self._attached()
+        client.log_batch(
+            run_id,
             list(self._new_points(events)),
             [Param(*item) for item in new.items()],
             [RunTag(valid_key(key), value) for key, value in tags.items()],
@@ -181,7 +193,7 @@ class Sender:
         for event in [event for event in events if event["kind"] == "status"][-1:]:
             self._set_status(event["status"], event["time"])
 
-    def _new_points(self, events: list[dict[str, Any]]):
+    def _new_points(self, events: list[dict[str, Any]]) -> "Iterator[Metric]":
         """The metrics that have come further than what MLflow has of them."""
         from mlflow.entities import Metric
 
@@ -192,17 +204,19 @@ class Sender:
                     yield Metric(key, value, event["time"], event["step"])
 
     def _set_status(self, status: str, when: int) -> None:
+        client, run_id = self._attached()
         if status == "RUNNING":
-            self._client.update_run(self._run_id, status)
+            client.update_run(run_id, status)
         else:
-            self._client.set_terminated(self._run_id, status, when)
+            client.set_terminated(run_id, status, when)
 
     def _log_image(self, event: dict[str, Any]) -> None:
+        client, run_id = self._attached()
         if self._images is None:
-            self._images = {(image.key, image.step) for image in logged_images(self._client, self._run_id)}
+            self._images = {(image.key, image.step) for image in logged_images(client, run_id)}
         key, step, file = event["key"], event["step"], self._spool.files / event["file"]
         if (key, step) not in self._images and (picture := self._picture(file, key)):
-            self._client.log_image(self._run_id, picture, key=key, step=step, timestamp=event["time"])
+            client.log_image(run_id, picture, key=key, step=step, timestamp=event["time"])
             self._images.add((key, step))
         file.unlink(missing_ok=True)
 
@@ -215,11 +229,12 @@ class Sender:
             return None
 
     def _log_artifact(self, event: dict[str, Any]) -> None:
+        client, run_id = self._attached()
         path = self._spool.run_dir / event["path"]
         if path.is_dir():
-            self._client.log_artifacts(self._run_id, path, event["artifact_path"])
+            client.log_artifacts(run_id, str(path), event["artifact_path"])
         elif path.exists():
-            self._client.log_artifact(self._run_id, path, event["artifact_path"])
+            client.log_artifact(run_id, str(path), event["artifact_path"])
         else:
             self._complain(f"{path} does not exist any more")
 

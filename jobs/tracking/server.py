@@ -10,7 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
+
+if TYPE_CHECKING:  # importing MLflow costs seconds
+    from mlflow import MlflowClient
 
 DEFAULT_URI = "sqlite:///mlruns.db"
 
@@ -54,7 +59,7 @@ def ui_command(uri: str | None) -> str:
     return f"{opener} {shlex.quote(uri)}"
 
 
-def mlflow_client(uri: str):
+def mlflow_client(uri: str) -> "MlflowClient":
     """An `mlflow.MlflowClient` of `uri` that fails within seconds and prints nothing; makes a missing SQLite file."""
     mlflow = import_mlflow()
     database = sqlite_path(uri)
@@ -63,7 +68,7 @@ def mlflow_client(uri: str):
     return mlflow.MlflowClient(uri)
 
 
-def import_mlflow():
+def import_mlflow() -> ModuleType:
     """MLflow, imported at first use because that costs seconds; these settings it takes from the environment only."""
     for name, value in _MLFLOW_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -85,6 +90,7 @@ def _make_database(path: Path) -> None:
         _remove_unless_held(leftover)
     with tempfile.TemporaryDirectory(prefix=mark, dir=path.parent) as folder, _held(folder):
         made = Path(folder) / path.name
+        assert upgrade.callback is not None, "a command of click's has one"
         upgrade.callback(f"sqlite:///{made}")
         try:
             os.link(made, path)  # unlike a rename it never replaces
@@ -145,7 +151,7 @@ class LoggedImage:
 _IMAGE_NAME = re.compile(r"images/(?P<key>.+?)[+%]step[+%](?P<step>\d+)[+%]timestamp[+%](?P<time>\d+)[+%][^+%]+\.png")
 
 
-def logged_images(client, run_id: str) -> list[LoggedImage]:
+def logged_images(client: "MlflowClient", run_id: str) -> list[LoggedImage]:
     """Every picture logged with a step in the run, oldest step first."""
     matches = [_IMAGE_NAME.fullmatch(file.path) for file in client.list_artifacts(run_id, "images")]
     images = [
