@@ -128,9 +128,9 @@ def _validation(config: "DictConfig", count: int) -> _Asked:
 
 def _said(conditions: "Conditions") -> dict[str, str]:
     """One row of conditions in words; what steers it beside them is a picture."""
-    said = {"prompt": caption for caption in conditions.captions or []}
-    labels = [] if conditions.labels is None else conditions.labels.tolist()
-    return said | {"label": str(label) for label in labels}
+    if conditions.captions:
+        return {"prompt": conditions.captions[0]}
+    return {} if conditions.labels is None else {"label": str(conditions.labels[0].item())}
 
 
 def _draw(draw: Callable, missing: list[int], batch_size: int, seed: int, out: Path, texts: list[dict]) -> None:

@@ -1,4 +1,4 @@
-"""The arrows between the rooms, and that every shipped config is sound."""
+"""The arrows between the rooms, the length of files and functions, and that every shipped config is sound."""
 
 import ast
 import os
@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from jobs.run.config import load_config
 from jobs.run.folder import build_module
 from jobs.run.keys import describe
-from jobs.run.registry import METHODS, method_class
+from jobs.run.registry import DATA, METHODS, method_class
 from lightning_modules.base import count_parameters
 from tests.conftest import REPOSITORY
 
@@ -134,6 +134,32 @@ def test_nothing_runs_in_a_circle():
         list(TopologicalSorter(graph).static_order())
     except CycleError as circle:
         pytest.fail(f"{' -> '.join(circle.args[1])}")
+
+
+def test_the_top_of_a_room_is_its_list():
+    """`ls lightning_modules/*.py` is the methods and their contract, `ls jobs/*.py` the commands."""
+    targets = {method.target.split(":")[0] for method in METHODS.values()}
+    assert {module_name(p) for p in of_floor("lightning_modules")} - targets == {
+        "lightning_modules", "lightning_modules.base"
+    }  # fmt: skip
+    data = {target.split(":")[0] for target in DATA.values()}
+    contract = {"base", "batches", "stream", "captioned", "cached"}
+    assert {p.stem for p in of_floor("datamodules") if module_name(p) not in data} == {"__init__", *contract}
+    for path in of_floor("jobs"):
+        if path.stem not in ("__init__", "cli"):
+            assert "@click." in (REPOSITORY / path).read_text(), f"{path} is no command"
+
+
+def test_files_and_functions_are_short():
+    """400 lines a file, 60 a function: longer ones are two."""
+    long = []
+    for path in SOURCES:
+        text = (REPOSITORY / path).read_text()
+        long += [f"{path}: {len(text.splitlines())} lines"] if len(text.splitlines()) > 400 else []
+        functions = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+        lengths = {f"{path}: {f.name}": (f.end_lineno or f.lineno) - f.lineno + 1 for f in functions}
+        long += [f"{name}, {lines} lines" for name, lines in lengths.items() if lines > 60]
+    assert not long
 
 
 def test_the_tests_mirror_the_rooms():
