@@ -6,6 +6,9 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import fcntl
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ import pytest
 from datamodules.phantoms.chest import write_chest
 from datamodules.phantoms.colonoscopy import write_colonoscopy
 from datamodules.phantoms.hip import write_hips
+from jobs import tracking
 from tests.class_folders import write_classes
 
 REPOSITORY = Path(__file__).parent.parent
@@ -36,6 +40,50 @@ class Phantoms(dict):
         }
         write[name]()
         return self.setdefault(name, out)
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """`once(name, make)` is the folder that `make(folder)` has filled, for all processes of pytest-xdist together.
+
+    For what takes long and is only read. Where `make` fails, the next process that asks tries it again.
+    """
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+
+    def get(name: str, make: Callable[[Path], object]) -> Path:
+        folder = shared / "once" / name
+        folder.parent.mkdir(exist_ok=True)
+        with folder.with_name(f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.exists():
+                unfinished = tmp_path_factory.mktemp(name)
+                make(unfinished)
+                unfinished.rename(folder)
+        return folder
+
+    return get
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_mlflow(once) -> Iterator[None]:
+    """MLflow's tables in a new SQLite file are copied: to make them takes more than a second of every training."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tracking, "_make_database", lambda path: _make_database_from_a_copy(path, once))
+        yield
+
+
+_make_database = tracking._make_database
+
+
+def _make_database_from_a_copy(path: Path, once) -> None:
+    from mlflow.db import upgrade
+
+    new = once("mlflow", lambda folder: _make_database(folder / "mlruns.db")) / "mlruns.db"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(upgrade, "callback", lambda uri: shutil.copy(new, tracking.sqlite_path(uri)))
+        _make_database(path)
 
 
 @pytest.fixture(scope="session")

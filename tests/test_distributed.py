@@ -25,6 +25,7 @@ from tests.processes import together
 
 SETTINGS = [
     "train.global_batch_size=12",
+    "data.validation_images=2",  # each of them with nine prompts
     "train.max_steps=3",
     "train.validate_every_steps=3",
     "evaluation.images=7",
@@ -111,7 +112,7 @@ print(json.dumps(trainer.validate(module, data, verbose=False)[0]))
 PAIR = [
     "hardware.devices=2", "hardware.strategy=ddp", "train.device_batch_size=1", "train.max_steps=6",
     "train.validate_every_steps=3", "checkpoint.every_steps=2", "checkpoint.monitor=val/loss", "evaluation.images=4",
-    "evaluation.grid=0", "evaluation.cache=cache", "ema.decay=0.9",
+    "evaluation.grid=0", "evaluation.cache=cache", "ema.decay=0.9", "data.validation_images=2",
 ]  # fmt: skip
 
 

@@ -46,7 +46,7 @@ TINY = REPOSITORY / "configs/tiny/msdm.yaml"
 SETTINGS = [
     "train.max_steps=6", "train.validate_every_steps=3", "train.device_batch_size=2", "evaluation.images=4",
     "evaluation.grid=0", "evaluation.cache=cache", "checkpoint.every_steps=100", "checkpoint.monitor=val/loss",
-    "hardware.threads=1",
+    "hardware.threads=1", "data.validation_images=2",  # each of them with nine prompts
 ]  # fmt: skip
 
 

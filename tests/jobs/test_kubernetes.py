@@ -340,7 +340,7 @@ def tiny(nodes: int, processes: int, *settings: str) -> dict[str, dict]:
     arguments += ["train.global_batch_size=8", "train.device_batch_size=2", "run_dir=runs/tiny"]
     arguments += ["evaluation.images=0", "evaluation.grid=0", "checkpoint.monitor=val/loss", "ema.decay=0.9"]
     arguments += ["train.max_steps=40", "train.validate_every_steps=20", "checkpoint.every_steps=1"]
-    arguments += ["tracking.timeout_seconds=0"]
+    arguments += ["tracking.timeout_seconds=0", "data.validation_images=2"]
     return objects(render(load_for_pods([*arguments, *settings], nodes=nodes, gpus=processes)))
 
 

@@ -31,6 +31,7 @@ SETTINGS = [
     "model.optim.warmup_steps=10",  # the rate differs at every step
     "train.gradient_clip_norm=0.5",
     "train.validate_every_steps=2",
+    "data.validation_images=1",  # with nine prompts
     "train.max_epochs=100",  # to count their steps Lightning makes the loader early, before parts are loaded
     "evaluation.images=4",
     "evaluation.grid=0",
@@ -39,6 +40,7 @@ SETTINGS = [
 ]
 BRIEF = [
     "train.validate_every_steps=2",
+    "data.validation_images=1",
     "evaluation.images=0",
     "evaluation.grid=0",
     "ema.decay=0.9",

@@ -30,6 +30,11 @@ from medsynth.errors import UserError
 from tests.processes import FORK
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_mlflow() -> None:
+    """Here MLflow makes its tables itself."""
+
+
 @pytest.fixture(scope="module")
 def empty_database(tmp_path_factory) -> Path:
     """An SQLite file with MLflow's tables, which take seconds to make."""
