@@ -8,13 +8,16 @@ import sys
 import time
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from callbacks.durable import read_manifest
+from callbacks.evaluation import Evaluation
 from callbacks.preemption import Preempted
-from jobs.run.config import load_config
+from jobs.run.config import instantiate, load_arguments, load_config
+from jobs.run.folder import build_data, load_run
 from jobs.tracking.server import mlflow_client
 from jobs.tracking.spool import read_run_id
 from jobs.train import train
@@ -44,15 +47,25 @@ def launch(processes: int, phantom, folder, *settings: str) -> dict[str, float]:
     arguments += [f"tracking.uri=sqlite:///{folder}/mlruns.db", *settings]
     if processes > 1:
         arguments += [f"hardware.devices={processes}", "hardware.strategy=ddp"]
-        program = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", "jobs.train"]
+    if processes == 2:
+        by_torchrun(processes, arguments, folder)
     else:
-        program = ["-m", "jobs.train"]
+        together(processes, learn, arguments, folder, log=folder / f"log-{processes}")
+    return mlflow_client(f"sqlite:///{folder}/mlruns.db").get_run(read_run_id(run)).data.metrics
+
+
+def by_torchrun(processes: int, arguments: list[str], folder: Path) -> None:
+    program = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", "jobs.train"]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(
         [sys.executable, *program, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    return mlflow_client(f"sqlite:///{folder}/mlruns.db").get_run(read_run_id(run)).data.metrics
+
+
+def learn(_: int, arguments: list[str], folder: Path) -> None:
+    os.chdir(folder)
+    train(load_arguments(arguments))
 
 
 @pytest.fixture(scope="module")
@@ -80,30 +93,19 @@ def test_the_scores_are_those_of_one_process(runs, processes):
         assert metrics[processes][name] == pytest.approx(metrics[1][name], rel=2e-3, abs=1e-6), name
 
 
-def test_the_pictures_scored_are_the_same_for_any_number_of_processes(runs, phantom):
+def test_the_pictures_scored_are_the_same_for_any_number_of_processes(runs, monkeypatch):
     """From the same weights: one process resumes the finished run of three and scores again, to 1e-5."""
     folder, metrics = runs
-    before = metrics[3]["eval/fd_random"]
-    code = f"""
-import json
-from pathlib import Path
-import lightning as L
-from callbacks.evaluation import Evaluation
-from callbacks.ema import EMA
-from jobs.run.config import instantiate
-from jobs.run.folder import build_data, load_run
-module, config = load_run(Path({str(folder / "run-3")!r}), "last")
-data, _ = build_data(config, module)
-evaluation = Evaluation(instantiate(config, "evaluation"), Path("again"), config.seed)
-trainer = L.Trainer(accelerator="cpu", logger=False, callbacks=[evaluation], enable_progress_bar=False,
-                    use_distributed_sampler=False, enable_checkpointing=False)
-print(json.dumps(trainer.validate(module, data, verbose=False)[0]))
-"""
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
-    after = json.loads(result.stdout.strip().splitlines()[-1])["eval/fd_random"]
-    assert after == pytest.approx(before, rel=1e-5)
+    monkeypatch.chdir(folder)
+    module, config = load_run(folder / "run-3", "last")
+    data, _ = build_data(config, module)
+    evaluation = Evaluation(instantiate(config, "evaluation"), Path("again"), config.seed)
+    trainer = L.Trainer(
+        accelerator="cpu", logger=False, callbacks=[evaluation], enable_progress_bar=False,
+        use_distributed_sampler=False, enable_checkpointing=False,
+    )  # fmt: skip
+    after = trainer.validate(module, data, verbose=False)[0]["eval/fd_random"]
+    assert after == pytest.approx(metrics[3]["eval/fd_random"], rel=1e-5)
 
 
 # Two processes, each of two micro-batches a step, disturbed between them
