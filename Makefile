@@ -2,10 +2,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 DATA := ../shared/data/colonoscopy
 
-.PHONY: help install quickstart colonoscopy benchmark traces manifests test cluster soak lint format clean
+.PHONY: help install quickstart colonoscopy benchmark traces manifests test cluster cluster-all soak lint format clean
 
 help:  ## Show what there is to make
-	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(VENV)/installed: pyproject.toml
 	python3 -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Medsynth needs Python 3.11 or newer")'
@@ -36,7 +36,10 @@ test: install lint  ## Lint and run every test but those on a real Slurm
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal --ignore=tests/cluster
 
 cluster: install  ## Test on a real Slurm of two nodes on this machine; as root, it installs slurm-wlm and munge
-	$(BIN)/python -m pytest tests/cluster
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal tests/cluster
+
+cluster-all: install  ## As cluster, with every disturbance by sbatch and by medsynth submit
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal --all tests/cluster
 
 soak: install  ## Kill a run of two processes 100 times, and compare it with an undisturbed one; in about 10 minutes
 	$(BIN)/python -m tests.soak

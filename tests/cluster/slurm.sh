@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # A Slurm of two virtual nodes on this machine, each with 16 CPUs and 8 GPUs that are plain files.
 #   tests/cluster/slurm.sh install       slurm-wlm and munge from Debian's packages
-#   tests/cluster/slurm.sh start FOLDER  munged, slurmctld, slurmd n1 and n2, all of whose files are in FOLDER
+#   tests/cluster/slurm.sh start FOLDER  munged, slurmctld, slurmd n1 and n2, all of whose files are in FOLDER;
+#                                        its jobs are numbered from FIRST_JOB, by default 1
 #   tests/cluster/slurm.sh stop FOLDER
 # Then `export SLURM_CONF=FOLDER/slurm.conf`, and sbatch, squeue and scontrol speak to it. Needs root.
 set -euo pipefail
 
 usage() {
-  sed -n '2,6s/^# //p' "$0" >&2
+  sed -n '2,7s/^# //p' "$0" >&2
   exit 2
 }
 
@@ -32,6 +33,8 @@ ClusterName=medsynth
 SlurmctldHost=$(hostname)(127.0.0.1)
 SlurmctldPort=$port
 SlurmUser=root
+# A training's port follows from its job's number: of two clusters on this machine each has numbers of its own.
+FirstJobId=${FIRST_JOB:-1}
 AuthType=auth/munge
 # A requeued job waits this many seconds (by default two minutes) until its old credential has run out.
 AuthInfo=socket=$PWD/munge/socket,cred_expire=5
