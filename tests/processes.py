@@ -11,24 +11,34 @@ from typing import Any
 FORK = multiprocessing.get_context("fork")
 
 
-def together(number: int, work: Callable[..., Any], *arguments: Any, log: Path, seconds: float = 120) -> list[str]:
-    """Run `work(rank, *arguments)` in each of `number` processes; what each wrote. Fails where one fails or hangs."""
+def begin(number: int, work: Callable[..., Any], *arguments: Any, log: Path) -> list[multiprocessing.Process]:
+    """Start `work(rank, *arguments)` in each of `number` processes; what they write is in `log`.RANK."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    logs = [log.with_name(f"{log.name}.{rank}") for rank in range(number)]
     children = [
-        FORK.Process(target=_child, args=(rank, number, port, logs[rank], work, arguments)) for rank in range(number)
+        FORK.Process(target=_child, args=(rank, number, port, _log_of(log, rank), work, arguments))
+        for rank in range(number)
     ]
     for child in children:
         child.start()
+    return children
+
+
+def together(number: int, work: Callable[..., Any], *arguments: Any, log: Path, seconds: float = 120) -> list[str]:
+    """Run `work(rank, *arguments)` in each of `number` processes; what each wrote. Fails where one fails or hangs."""
+    children = begin(number, work, *arguments, log=log)
     for child in children:
         child.join(seconds)
     codes = [child.exitcode for child in children]
     for child in children:
         child.kill()
-    said = [file.read_text() for file in logs]
+    said = [_log_of(log, rank).read_text() for rank in range(number)]
     assert codes == [0] * number, f"exit codes {codes}\n" + "\n".join(text[-3000:] for text in said)
     return said
+
+
+def _log_of(log: Path, rank: int) -> Path:
+    return log.with_name(f"{log.name}.{rank}")
 
 
 def _child(rank: int, number: int, port: int, log: Path, work: Callable[..., Any], arguments: tuple) -> None:

@@ -1,11 +1,9 @@
 """Cached latents and text: the same training without encoders, from any number of processes, or a plain refusal."""
 
 import json
-import multiprocessing
 import os
 import pickle
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -32,6 +30,7 @@ from lightning_modules.maths.diffusion import SampleRandom
 from medsynth.errors import UserError
 from tests.class_folders import write_classes
 from tests.conftest import REPOSITORY
+from tests.processes import begin, together
 from tests.sd_folder import write_pipeline
 
 # Every method with latents, by its tiny config.
@@ -286,13 +285,17 @@ def test_pictures_that_look_the_same_are_encoded_once(phantom, tmp_path):
 def test_an_interrupted_encoding_by_two_processes_is_finished_by_one(phantom, caches, tmp_path):
     """Killed at its first shard; then the bytes are those that one undisturbed process wrote."""
     out = tmp_path / "latents"
-    group = launch(phantom, out)
+    config = load_config([REPOSITORY / "configs/tiny/stable_diffusion.yaml"], [f"data.root={phantom}", *PAIR])
+    how = {"variants": 2, "batch_size": 16, "shard_rows": ROWS}
+    processes = begin(2, lambda _: encode(config, out, **how), log=tmp_path / "log")
     deadline = time.monotonic() + 240
-    while not list(out.glob("*.safetensors")) and group.poll() is None:
+    while not list(out.glob("*.safetensors")) and all(process.is_alive() for process in processes):
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    os.killpg(group.pid, signal.SIGKILL)
-    group.wait()
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.join()
     (out / ".variant-01-000000").write_bytes(b"half a shard")
     kept = {path.name: path.stat().st_mtime_ns for path in out.glob("*.safetensors")}
     assert kept
@@ -307,11 +310,15 @@ def test_two_processes_write_the_bytes_of_one(phantom, caches, tmp_path):
     assert contents(tmp_path / "latents") == contents(caches["stable_diffusion"])
 
 
+PAIR = [
+    "hardware.devices=2", "hardware.strategy=ddp", "hardware.accelerator=cpu", "train.device_batch_size=2",
+]  # fmt: skip
+
+
 def launch(phantom, out: Path) -> subprocess.Popen:
     """`medsynth encode` on two processes, the second started by the first, in a process group of their own."""
     arguments = [REPOSITORY / "configs/tiny/stable_diffusion.yaml", f"data.root={phantom}", "--out", out]
-    arguments += ["--variants", 2, "--batch-size", 16, "--shard-rows", ROWS, "hardware.devices=2"]
-    arguments += ["hardware.strategy=ddp", "hardware.accelerator=cpu", "train.device_batch_size=2"]
+    arguments += ["--variants", 2, "--batch-size", 16, "--shard-rows", ROWS, *PAIR]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(
         [sys.executable, "-m", "jobs.encode", *map(str, arguments)], cwd=out.parent, env=environment,
@@ -469,25 +476,18 @@ def test_without_its_manifest_a_cache_is_not_finished(harm, phantom, copy):
         train(tiny("stable_diffusion", phantom, "data.latents=latents"))
 
 
-def verified_by(rank: int, folder: Path, answers) -> None:
+def verified_by(rank: int, folder: Path) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}.rendezvous", rank=rank, world_size=2)
     try:
         Cache(folder).verify(rank, 2)
     except UserError as error:
-        answers.put(str(error))
+        os.write(1, str(error).encode())
     torch.distributed.destroy_process_group()
 
 
-def test_every_process_hears_of_damage_that_one_has_found(copy):
+def test_every_process_hears_of_damage_that_one_has_found(copy, tmp_path):
     damage(shard_file(copy, "variant-00-000001"))
-    context = multiprocessing.get_context("spawn")
-    answers = context.Queue()
-    processes = [context.Process(target=verified_by, args=(rank, copy, answers)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    first, second = (answers.get(timeout=240) for _ in processes)
-    for process in processes:
-        process.join()
+    first, second = (said.splitlines()[-1] for said in together(2, verified_by, copy, log=tmp_path / "log"))
     assert first == second
     assert "variant-00-000001" in first
 
