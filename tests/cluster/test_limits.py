@@ -49,7 +49,7 @@ def test_a_time_limit_that_strikes(slurm, folders, undisturbed):
         training.limit(60)
 
     for training in both:
-        fields = slurm.end(training.job, seconds=300)
+        fields = slurm.end(training.job, seconds=600)
         assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "2"), training.log()
         assert_same_run(training.folder, undisturbed)
     assert process.wait(60) == 0, watched(submitted)

@@ -31,7 +31,7 @@ def test_a_run_through_everything_that_slurm_does(slurm, folders, undisturbed, w
     if whole_matrix:
         training.warn_before_a_step()
         restarts += 1
-    fields = slurm.end(training.job, seconds=300)
+    fields = slurm.end(training.job, seconds=600)
     assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", str(restarts)), training.log()
     assert_same_run(folder, undisturbed)
 
@@ -47,7 +47,7 @@ def test_of_an_array_only_the_run_that_is_disturbed_starts_again(slurm, folders,
         wait_for(lambda n=before: step(folder, "runs/seeds/seed-0") > n, f"a step, {log(folder, array)}", 180)
         slurm.call(*disturb, f"{array}_2")
         wait_for(lambda: slurm.job(f"{array}_2")["JobState"] != "RUNNING", "the end of this start")
-    other, disturbed = (slurm.end(f"{array}_{task}", seconds=300) for task in (1, 2))
+    other, disturbed = (slurm.end(f"{array}_{task}", seconds=600) for task in (1, 2))
     assert disturbed["JobId"] == array
     assert (other["JobState"], other["Restarts"]) == ("COMPLETED", "0"), log(folder, other["JobId"])
     assert (disturbed["JobState"], disturbed["Restarts"]) == ("COMPLETED", "2"), log(folder, array)
@@ -58,10 +58,10 @@ def test_of_an_array_only_the_run_that_is_disturbed_starts_again(slurm, folders,
 def test_a_run_in_parts_through_a_preemption_and_the_loss_of_a_node(slurm, folders):
     folder, alone = folders("parts"), folders("parts-undisturbed")
     undisturbed = submit(slurm, alone, "hardware.strategy=fsdp")
-    assert slurm.end(undisturbed, seconds=300)["JobState"] == "COMPLETED", log(alone, undisturbed)
+    assert slurm.end(undisturbed, seconds=600)["JobState"] == "COMPLETED", log(alone, undisturbed)
     training = BatchTraining(slurm, folder, submit(slurm, folder, "hardware.strategy=fsdp"))
     training.survive([training.warn, training.lose_a_node])
-    fields = slurm.end(training.job, seconds=300)
+    fields = slurm.end(training.job, seconds=600)
     assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "2"), training.log()
     assert step(folder) == step(alone) == STEPS
     parts, whole = (held(path / RUN / "checkpoints/last.ckpt") for path in (folder, alone))

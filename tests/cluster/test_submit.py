@@ -36,7 +36,7 @@ def test_a_run_through_everything_that_slurm_does_is_watched_to_its_end(slurm, f
         disturbances += [training.warn_twice, training.stop_a_rank]
     training.survive(disturbances)
     training.warn_before_a_step()
-    assert process.wait(400) == 0, watched(folder)
+    assert process.wait(600) == 0, watched(folder)
     fields = slurm.end(training.job)
     assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", str(len(disturbances) + 1)), training.log()[-4000:]
     assert fields["TimeLimit"] == "01:00:00"
@@ -58,11 +58,12 @@ def test_a_submitted_run_that_its_owner_cancels_stays_cancelled(slurm, folders):
 
 def test_a_local_run_goes_on_after_a_preemption(slurm, folders, undisturbed):
     folder = folders("local")
-    process = start(slurm, folder, "--cluster=local", "--gpus=2", "hardware.strategy=ddp")
+    grace = "preemption.grace_seconds=60"  # who leaves before MLflow has all of it is not started again
+    process = start(slurm, folder, "--cluster=local", "--gpus=2", "hardware.strategy=ddp", grace)
     job = job_of(folder)
     wait_for(lambda: step(folder) > 0, f"a step: {watched(folder)}", 180)
     os.kill(int(job), signal.SIGTERM)  # its controller passes it on
-    assert process.wait(400) == 0, watched(folder)
+    assert process.wait(600) == 0, watched(folder)
     assert "resuming from" in watched(folder)
     assert_same_run(folder, undisturbed)
 
