@@ -16,7 +16,7 @@ import pytest
 from datamodules.phantoms.chest import write_chest
 from datamodules.phantoms.colonoscopy import write_colonoscopy
 from datamodules.phantoms.hip import write_hips
-from jobs import tracking
+from jobs.tracking import server
 from tests.class_folders import write_classes
 
 REPOSITORY = Path(__file__).parent.parent
@@ -70,11 +70,11 @@ def once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path]:
 def quick_mlflow(once) -> Iterator[None]:
     """MLflow's tables in a new SQLite file are copied: to make them takes more than a second of every training."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tracking, "_make_database", lambda path: _make_database_from_a_copy(path, once))
+        patch.setattr(server, "_make_database", lambda path: _make_database_from_a_copy(path, once))
         yield
 
 
-_make_database = tracking._make_database
+_make_database = server._make_database
 
 
 def _make_database_from_a_copy(path: Path, once) -> None:
@@ -82,7 +82,7 @@ def _make_database_from_a_copy(path: Path, once) -> None:
 
     new = once("mlflow", lambda folder: _make_database(folder / "mlruns.db")) / "mlruns.db"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(upgrade, "callback", lambda uri: shutil.copy(new, tracking.sqlite_path(uri)))
+        patch.setattr(upgrade, "callback", lambda uri: shutil.copy(new, server.sqlite_path(uri)))
         _make_database(path)
 
 
