@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import re
 import resource
 import shutil
 import signal
@@ -40,7 +39,7 @@ from jobs.train import train
 from lightning_modules.base import GenerativeModule
 from medsynth.errors import UserError
 from tests.conftest import REPOSITORY
-from tests.processes import FORK, together
+from tests.processes import FORK, begin, together
 
 TINY = REPOSITORY / "configs/tiny/msdm.yaml"
 SETTINGS = [
@@ -365,21 +364,19 @@ def test_processes_leave_together_and_never_hang(undisturbed, phantom, here):
     step = read_manifest("run/checkpoints/last.ckpt")["global_step"]
     assert step > 0
 
-    process = started(phantom, *two)
-    wait_until(lambda: read_manifest("run/checkpoints/last.ckpt")["global_step"] > step)
-    child = int(subprocess.check_output(["pgrep", "-P", str(process.pid), "-f", "jobs.train"], text=True).split()[0])
-    os.kill(child, signal.SIGSTOP)
-    began = time.monotonic()
-    os.kill(process.pid, signal.SIGUSR1)
+    log = here / "log"
+    children = begin(2, lambda _: train(configured(phantom, "run", *two)), log=log)
     try:
-        output = process.stdout.readline()
-        while "leaving without saving" not in output:
-            output = process.stdout.readline()
-            assert time.monotonic() - began < 30
-        assert re.search(r"5 s after SIGUSR1: leaving without saving", output)
-        assert process.wait(timeout=10) == 143
+        wait_until(lambda: read_manifest("run/checkpoints/last.ckpt")["global_step"] > step)
+        os.kill(children[1].pid, signal.SIGSTOP)
+        os.kill(children[0].pid, signal.SIGUSR1)
+        children[0].join(30)
+        said = log.with_name("log.0").read_text()
+        assert "5 s after SIGUSR1: leaving without saving" in said
+        assert children[0].exitcode == 143, said
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        for child in children:
+            child.kill()
     assert read_manifest("run/checkpoints/last.ckpt")["global_step"] > step
 
 
