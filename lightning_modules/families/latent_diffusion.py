@@ -23,8 +23,8 @@ from lightning_modules.maths.diffusion import (
 )
 from medsynth.errors import UserError
 
-# The schedules by diffusers' names.
-_SCHEDULES = {"scaled_linear": "scaled_linear", "linear": "linear", "cosine": "squaredcos_cap_v2"}
+DIFFUSERS_SCHEDULES = {"scaled_linear": "scaled_linear", "linear": "linear", "cosine": "squaredcos_cap_v2"}
+"""Diffusers' name of each noise schedule."""
 CachedText = Callable[[list[str]], tuple[Tensor, Tensor]]
 
 SAMPLERS = {
@@ -283,7 +283,10 @@ class LatentDiffusion(GenerativeModule):
         """The diffusers scheduler that samples this model's reverse process."""
         noise = self.config.noise
         process = {"beta_start": noise.beta_start, "beta_end": noise.beta_end, "num_train_timesteps": noise.steps}
-        process |= {"beta_schedule": _SCHEDULES[noise.schedule], "rescale_betas_zero_snr": noise.zero_terminal_snr}
+        process |= {
+            "beta_schedule": DIFFUSERS_SCHEDULES[noise.schedule],
+            "rescale_betas_zero_snr": noise.zero_terminal_snr,
+        }
         options = {"prediction_type": self.prediction, **self.scheduler_options()}
         return SAMPLERS[self.config.sampler.name](**process, **options)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from datamodules.batches import ImageBatch
 from lightning_modules.base import to_model_range
 from lightning_modules.families.latent_diffusion import (
+    DIFFUSERS_SCHEDULES,
     Context,
     Denoised,
     LatentDiffusion,
@@ -43,7 +44,6 @@ PREDICTIONS = ("epsilon", "v_prediction", "sample")
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 # Keys of model.noise by those of a diffusers scheduler.
 _NOISE_KEYS = {
-    "schedule": "beta_schedule",
     "steps": "num_train_timesteps",
     "beta_start": "beta_start",
     "beta_end": "beta_end",
@@ -292,7 +292,9 @@ class StableDiffusionBase(LatentDiffusion):
             if alpha_bar.shape == learned.shape and torch.allclose(alpha_bar, learned, rtol=1e-4, atol=1e-7):
                 return
         theirs = {key: described.get(name) for key, name in _NOISE_KEYS.items() if described.get(name) is not None}
-        if described.get("trained_betas") is not None or theirs.get("schedule") == "squaredcos_cap_v2":
+        schedules = {name: ours for ours, name in DIFFUSERS_SCHEDULES.items()}
+        theirs["schedule"] = schedules.get(described.get("beta_schedule", "linear"))
+        if described.get("trained_betas") is not None or theirs["schedule"] is None:
             raise UserError(f"{KEY}: {folder} was trained with betas of its own, which model.noise cannot say")
         mend = " ".join(f"model.noise.{key}={str(value).lower()}" for key, value in theirs.items())
         raise UserError(f"{KEY}: {folder} was trained with other noise; set {mend}")

@@ -282,6 +282,33 @@ def test_gradient_checkpointing_changes_no_gradient(folders):
 
 
 @pytest.mark.parametrize(
+    ("described", "mend"),
+    [
+        ({"beta_schedule": "linear"}, "was trained with other noise; set .*model.noise.schedule=linear"),
+        ({"beta_schedule": "squaredcos_cap_v2"}, "was trained with other noise; set .*model.noise.schedule=cosine"),
+        ({"rescale_betas_zero_snr": True}, "was trained with other noise; set .*model.noise.zero_terminal_snr=true"),
+        ({"num_train_timesteps": 500}, "was trained with other noise; set model.noise.steps=500"),
+        ({"trained_betas": [0.01] * 1000}, "was trained with betas of its own, which model.noise cannot say"),
+    ],
+)
+def test_a_folder_of_other_noise_is_refused_whatever_it_was_made_from(folders, tmp_path, described, mend):
+    folder = tmp_path / "pipeline"
+    shutil.copytree(folders["sd1"], folder)
+    path = folder / "scheduler/scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | described))
+    with pytest.raises(UserError, match=mend):
+        built(folder)
+
+
+def test_what_was_exported_with_zero_terminal_snr_is_trained_on_with_it_alone(folders, tmp_path):
+    settings = ["model.noise.zero_terminal_snr=true", "model.prediction=v_prediction"]
+    built(folders["sd1"], *settings).export(tmp_path / "export")
+    built(tmp_path / "export", *settings)
+    with pytest.raises(UserError, match="set .*model.noise.zero_terminal_snr=true"):
+        built(tmp_path / "export", "model.prediction=v_prediction")
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
         (["model.pretrained=nobody/nothing"], "model.pretrained: nobody/nothing is not on this machine"),
