@@ -232,9 +232,14 @@ class LatentDiffusion(GenerativeModule):
         """What the denoiser is told for these conditions; where there are no captions, no words."""
         return self.steer(self.embed(conditions.captions or [""] * len(conditions)), conditions)
 
-    def unconditional(self, conditions: Conditions) -> Context:
-        """What the denoiser is told in the half that guidance leads away from: no words, but the same control."""
-        return self.condition(replace(conditions, captions=[""] * len(conditions)))
+    def with_unconditional(self, conditions: Conditions) -> Context:
+        """What the denoiser is told under guidance: n rows that it leads away from, before the n of the conditions.
+
+        Those are told no words, but have the same control; a method that is told something else says so here.
+        """
+        rows, words = len(conditions), conditions.captions or [""] * len(conditions)
+        twice = conditions[[*range(rows), *range(rows)]]
+        return self.condition(replace(twice, captions=[""] * rows + words))
 
     def steer(self, text: Context, conditions: Conditions) -> Context:
         """The text's context with all else that the conditions say."""
@@ -250,10 +255,9 @@ class LatentDiffusion(GenerativeModule):
 
     def guided_context(self, conditions: Conditions, guidance: float | None = None) -> Context:
         """What `draw` is told for these conditions; with guidance, the unconditional rows stand before the others."""
-        context = self.condition(conditions)
         if self._guidance(guidance) == 1 or self.guidance_is_input:
-            return context
-        return self.unconditional(conditions).followed_by(context)
+            return self.condition(conditions)
+        return self.with_unconditional(conditions)
 
     @torch.no_grad()
     def draw(

@@ -120,6 +120,14 @@ class VectorPrior(SmallLatentDiffusion):
         return {"variance_type": "fixed_small_log", "timestep_spacing": "linspace", **clip}
 
 
+class ZeroPrior(VectorPrior):
+    """A prior that guidance leads away from an embedding of zeros, masked, and not from the empty caption's."""
+
+    def with_unconditional(self, conditions: Conditions) -> Context:
+        told = self.condition(conditions)
+        return Context(torch.zeros_like(told.embeddings), torch.zeros_like(told.mask)).followed_by(told)
+
+
 class Decoder(SmallLatentDiffusion):
     """Image embeddings to pictures of 4×4 means, enlarged; the embeddings that it draws for are its own prior's."""
 
@@ -152,14 +160,11 @@ class Decoder(SmallLatentDiffusion):
         mask = torch.ones(len(embeddings), 1, dtype=torch.bool, device=embeddings.device)
         return Context(embeddings[:, None], mask)
 
-    def unconditional(self, conditions: Conditions) -> Context:
-        return self.told(torch.zeros(len(conditions), WIDTH, device=self.device))
-
     def sample(
         self, conditions: Conditions, seeds: list[int], *, steps: int | None = None, guidance: float | None = None
     ) -> Tensor:
         embeddings = self.prior.draw(self.prior.guided_context(conditions), seeds)
-        context = self.unconditional(conditions).followed_by(self.told(embeddings))
+        context = self.told(torch.zeros_like(embeddings)).followed_by(self.told(embeddings))
         own = [derive_seed(seed, "decoder") for seed in seeds]
         return to_image_range(self.decode(self.draw(context, own, steps=steps, guidance=guidance)))
 

@@ -7,6 +7,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -67,6 +68,13 @@ def drawings(folder: Path, count: int = 5) -> list[Drawing]:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*.png"))}
+
+
+def pixels(folder: Path) -> dict[str, np.ndarray]:
+    """int (H, W, 3) of each picture."""
+    return {
+        path.relative_to(folder).as_posix(): np.asarray(Image.open(path)).astype(int) for path in folder.rglob("*.png")
+    }
 
 
 # The loss
@@ -164,7 +172,10 @@ def test_an_interrupted_drawing_goes_on(tmp_path):
     assert len(kept) == 4
     for rank in range(2):
         draw_missing(module, wanted, rank, 2)
-    assert contents(tmp_path / "again") == contents(tmp_path / "whole")
+    again, whole = pixels(tmp_path / "again"), pixels(tmp_path / "whole")
+    assert again.keys() == whole.keys()
+    # Some processors sum batches of other sizes in another order, which may move a rounded value.
+    assert max(np.abs(again[name] - whole[name]).max() for name in whole) <= 1
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert not list(tmp_path.rglob(".*")), "something half written is left"
 

@@ -14,7 +14,7 @@ from jobs.train import train
 from lightning_modules.families.latent_diffusion import NoiseConfig, SamplerConfig
 from lightning_modules.maths.diffusion import SCHEDULES, SampleRandom, alphas_cumprod
 from medsynth.errors import UserError
-from tests.lightning_modules.small_methods import WIDTH, Decoder, SmallConfig, VectorPrior, pooled
+from tests.lightning_modules.small_methods import WIDTH, Decoder, SmallConfig, VectorPrior, ZeroPrior, pooled
 
 NAMES = {"scaled_linear": "scaled_linear", "linear": "linear", "cosine": "squaredcos_cap_v2"}
 ASKED = Conditions(captions=["a polyp", "", "an instrument in the upper left"])
@@ -81,18 +81,27 @@ def test_a_draw_is_a_function_of_its_own_row_and_seed():
     torch.testing.assert_close(alone, together[[1]])
 
 
-def test_the_unconditional_context_is_the_method_s_own():
+def test_what_guidance_leads_away_from_is_the_method_s_own():
     """One step of DDIM from the last gives the guided prediction itself: u + g (c - u), u of an embedding of zeros."""
-    module = built(Decoder, sampler=SamplerConfig(name="ddim", steps=1, guidance=3.0))
-    seeds, embeddings = [derive_seed(seed, "decoder") for seed in (1, 2, 3)], torch.randn(3, WIDTH)
-    context = module.unconditional(ASKED).followed_by(module.told(embeddings))
-    drawn = module.draw(context, seeds)
-    noise = torch.stack([torch.randn(3, 4, 4, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-    t = torch.full((3,), 99)
+    module = built(ZeroPrior, sampler=SamplerConfig(name="ddim", steps=1, guidance=3.0))
+    context = module.guided_context(ASKED)
+    assert not context.mask[:3].any() and context.mask[3:].all()
+    module.scheduler_options = lambda: {"timestep_spacing": "trailing", "clip_sample": False}
+    drawn = module.draw(context, [1, 2, 3])
+    noise = torch.stack([torch.randn(WIDTH, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2, 3)])
+    t, told = torch.full((3,), 99), module.embed(ASKED.captions)
     with torch.no_grad():
-        u = module.predict(noise, t, module.told(torch.zeros(3, WIDTH)))
-        c = module.predict(noise, t, module.told(embeddings))
+        u = module.predict(noise, t, told._replace(embeddings=torch.zeros_like(told.embeddings)))
+        c = module.predict(noise, t, told)
     torch.testing.assert_close(drawn, u + 3.0 * (c - u), rtol=1e-4, atol=1e-5)
+
+
+def test_without_a_say_guidance_leads_away_from_no_words_with_the_same_control():
+    module, told = built(VectorPrior), Conditions(captions=["a", "bc"], control=torch.rand(2, 1, 4, 4))
+    context = module.guided_context(told)
+    assert torch.equal(context.embeddings, module.embed(["", "", "a", "bc"]).embeddings)
+    assert torch.equal(context.control, torch.cat([told.control] * 2))
+    assert torch.equal(module.guided_context(told, 1).embeddings, module.embed(["a", "bc"]).embeddings)
 
 
 def test_two_stages_draw_with_noise_of_their_own():

@@ -46,7 +46,9 @@ class PixelExtractor(FeatureExtractor):
 
     def _features(self, images: Tensor) -> Features:
         pool = F.adaptive_avg_pool2d(images.float() / 255, 3).flatten(1)
-        return Features(pool, pool @ torch.linspace(-9, 9, 27 * 12, device=pool.device).sin().reshape(27, 12) * 20)
+        projection = torch.linspace(-9, 9, 27 * 12, device=pool.device, dtype=torch.float64).sin().reshape(27, 12) * 20
+        # In float64: in float32 some processors sum another number of rows in another order.
+        return Features(pool, (pool.double() @ projection).float())
 
 
 def phantoms(count: int, seed: int, size: int = 48, brightness: float = 0.0) -> Tensor:
