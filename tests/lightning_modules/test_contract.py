@@ -24,7 +24,9 @@ def tiny(method: str, phantoms, *settings: str):
     """The tiny config on phantom data."""
     path = REPOSITORY / f"configs/tiny/{method}.yaml"
     name = OmegaConf.load(path).data.name
-    return load_config([path], [f"data.root={phantoms[name]}", *settings])
+    config = load_config([path], [f"data.root={phantoms[name]}", *settings])
+    config.data.validation_images = min(config.data.validation_images, 2)  # some have nine prompts each
+    return config
 
 
 def built(config) -> GenerativeModule:
@@ -129,15 +131,9 @@ def test_the_average_and_the_checkpoint_hold_the_trained_weights_only(method, ph
 def test_a_resumed_run_equals_the_undisturbed_one(method, phantoms, here):
     """Weights, average and everything else, bit for bit."""
     settings = ["train.max_steps=4", "train.validate_every_steps=4", "evaluation.images=0", "evaluation.grid=0"]
-
-    def learn(*own: str) -> L.Trainer:
-        config = tiny(method, phantoms, *settings, *own)
-        config.data.validation_images = min(config.data.validation_images, 2)  # some have nine prompts each
-        return train(config)
-
-    learn("run_dir=whole")
-    learn("run_dir=halves", "train.max_steps=2")
-    trainer = learn("run_dir=halves")
+    train(tiny(method, phantoms, "run_dir=whole", *settings))
+    train(tiny(method, phantoms, "run_dir=halves", *settings, "train.max_steps=2"))
+    trainer = train(tiny(method, phantoms, "run_dir=halves", *settings))
     assert trainer.global_step == 4
     whole, halves = (built(tiny(method, phantoms)) for _ in range(2))
     for module, run in ((whole, "whole"), (halves, "halves")):

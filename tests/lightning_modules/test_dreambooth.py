@@ -72,9 +72,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def pixels(folder: Path) -> dict[str, np.ndarray]:
     """int (H, W, 3) of each picture."""
-    return {
-        path.relative_to(folder).as_posix(): np.asarray(Image.open(path)).astype(int) for path in folder.rglob("*.png")
-    }
+    return {name: np.asarray(Image.open(folder / name)).astype(int) for name in contents(folder)}
 
 
 # The loss
