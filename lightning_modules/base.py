@@ -83,11 +83,6 @@ class GenerativeModule(L.LightningModule, ABC):
     def losses(self, batch: ImageBatch) -> dict[str, Tensor]:
         """Scalars, among them "loss", which is minimised. A pure function of the weights and the batch."""
 
-    @property
-    def accumulates(self) -> bool:
-        """Whether a step may be taken over several micro-batches."""
-        return self.automatic_optimization and self.loss_is_a_mean
-
     @abstractmethod
     def sample(
         self, conditions: Conditions, seeds: list[int], *, steps: int | None = None, guidance: float | None = None
@@ -110,10 +105,15 @@ class GenerativeModule(L.LightningModule, ABC):
         """What a training step does with its batch: the losses, "loss" among them, which Lightning then minimises.
 
         A module of several players that steps its optimizers by itself (`automatic_optimization = False`) does all of
-        that here. One batch is one step then too: the trainer counts the steps of `trainer.strategy.optimizer_step`
-        once for each `LightningOptimizer.step`, so only one of the players takes the latter.
+        that here. One batch stays one step: the trainer counts each `LightningOptimizer.step`, so one player steps by
+        that, and the others by `self.trainer.strategy.optimizer_step(optimizer, lambda: None, self)`, uncounted.
         """
         return self.losses(batch)
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether a step may be taken over several micro-batches."""
+        return self.automatic_optimization and self.loss_is_a_mean
 
     def after_swap(self) -> None:
         """Mend what depends on the trained weights after an average was put in their place, for instance the vectors of
