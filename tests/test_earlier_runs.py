@@ -31,11 +31,7 @@ def earlier(here) -> Path:
 
 
 def test_it_resumes_and_learns_what_it_would_have_learned(earlier, phantom):
-    trainer = train(
-        load_config(
-            ["run/config.yaml"], [f"data.root={phantom}", "train.max_steps=4", "train.validate_every_steps=1000"]
-        )
-    )
+    trainer = train(load_config(["run/config.yaml"], [f"data.root={phantom}", "train.max_steps=4"]))
     assert trainer.global_step == 4
     events = (json.loads(line) for line in Path("run/tracking/events.jsonl").read_text().splitlines())
     losses = {e["step"]: e["values"]["train/loss"] for e in events if "train/loss" in e.get("values", ())}
