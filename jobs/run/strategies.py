@@ -192,9 +192,7 @@ class ZeRO(Sharded, DeepSpeedStrategy):
         return Held(tensor.detach().view(-1)[:length], start if length else 0, shape)
 
     def slot(self, parameter: nn.Parameter) -> Slot:
-        held = self.held(parameter)
-        assert isinstance(held, Held), "each trained weight is cut into parts"
-        length = held.values.numel()
+        length = self.own_part(parameter).values.numel()
         if self.stage == 2:
             flat, mapping = self._zero.single_partition_of_fp32_groups[0], cast(_Partitioned, parameter)._hp_mapping
             offset = mapping.hp_fragment_address.start if mapping else 0
