@@ -28,8 +28,10 @@ from safetensors.torch import load_file
 from callbacks.durable import verify
 from jobs.cluster.elastic import exit_code
 from jobs.cluster.kubernetes import load_for_pods, manifests, presets, render
+from jobs.train import train
 from medsynth.errors import UserError
 from tests.conftest import REPOSITORY
+from tests.processes import together
 
 COMMITTED = sorted((REPOSITORY / "k8s").glob("*.yaml"))
 TRAININGS = [path for path in COMMITTED if path.stem.endswith("-train")]
@@ -334,14 +336,24 @@ def launch():
         job.stop()
 
 
+TINY = [
+    str(REPOSITORY / "configs/tiny/msdm.yaml"), "hardware.precision=32-true", "hardware.threads=1",
+    "train.global_batch_size=8", "train.device_batch_size=2", "run_dir=runs/tiny",
+    "evaluation.images=0", "evaluation.grid=0", "checkpoint.monitor=val/loss", "ema.decay=0.9",
+    "train.max_steps=40", "train.validate_every_steps=20", "checkpoint.every_steps=1",
+    "tracking.timeout_seconds=0", "data.validation_images=2",
+]  # fmt: skip
+
+
 def tiny(nodes: int, processes: int, *settings: str) -> dict[str, dict]:
     """The manifest of a tiny training on CPUs."""
-    arguments = [str(REPOSITORY / "configs/tiny/msdm.yaml"), "hardware.precision=32-true", "hardware.threads=1"]
-    arguments += ["train.global_batch_size=8", "train.device_batch_size=2", "run_dir=runs/tiny"]
-    arguments += ["evaluation.images=0", "evaluation.grid=0", "checkpoint.monitor=val/loss", "ema.decay=0.9"]
-    arguments += ["train.max_steps=40", "train.validate_every_steps=20", "checkpoint.every_steps=1"]
-    arguments += ["tracking.timeout_seconds=0", "data.validation_images=2"]
-    return objects(render(load_for_pods([*arguments, *settings], nodes=nodes, gpus=processes)))
+    return objects(render(load_for_pods([*TINY, *settings], nodes=nodes, gpus=processes)))
+
+
+def calm(_: int, folder: Path, data: Path) -> None:
+    """One of the processes of the same training without pods, in `folder`."""
+    os.chdir(folder)
+    train(load_for_pods([*TINY, f"data.root={data}"], nodes=1, gpus=4))
 
 
 def volumes(folder: Path, data: Path) -> Path:
@@ -372,8 +384,7 @@ def wait_for_step(folder: Path, wanted: int, job: Job, seconds: float = 400) -> 
 
 def test_lost_pods_come_back_and_the_training_ends_as_if_none_had_been_lost(tmp_path, phantom, launch):
     """Two pods of two processes; one is lost, then the one that keeps the store."""
-    calm = volumes(tmp_path / "calm", phantom)
-    assert launch(tiny(1, 4), calm).finish(400) == "Complete"
+    together(4, calm, tmp_path, phantom, log=tmp_path / "calm.log", seconds=400)
 
     folder = volumes(tmp_path / "disturbed", phantom)
     job = launch(tiny(2, 2), folder)
@@ -392,8 +403,8 @@ def test_lost_pods_come_back_and_the_training_ends_as_if_none_had_been_lost(tmp_
     assert {done for _, _, done in job.ended} == {"Ignore"}
     assert {index: code for index, code, _ in job.ended} == {0: -signal.SIGKILL, 1: 75}
     for file in ("weights", "ema"):
-        name = f"medsynth/runs/tiny/checkpoints/last.ckpt/{file}.safetensors"
-        expected, found = load_file(calm / name), load_file(folder / name)
+        name = f"runs/tiny/checkpoints/last.ckpt/{file}.safetensors"
+        expected, found = load_file(tmp_path / name), load_file(folder / "medsynth" / name)
         assert expected.keys() == found.keys()
         for key, value in expected.items():
             # Not to the bit: four gradients are added in the order of DDP's buckets, which each start lays out anew.

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
-import deepspeed  # noqa: F401 - here once instead of in each process
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - here once instead of in each process, for seconds
 
 from callbacks.durable import DurableCheckpointIO, read_manifest
 from datamodules.batches import Conditions
@@ -33,8 +33,8 @@ SETTINGS = [
     "train.validate_every_steps=2",
     "data.validation_images=1",  # with nine prompts
     "train.max_epochs=100",  # to count their steps Lightning makes the loader early, before parts are loaded
-    "evaluation.images=4",
     "evaluation.grid=0",
+    "checkpoint.monitor=val/loss",
     "checkpoint.every_steps=1",
     "ema.decay=0.9",
 ]
@@ -43,22 +43,24 @@ BRIEF = [
     "data.validation_images=1",
     "evaluation.images=0",
     "evaluation.grid=0",
+    "checkpoint.monitor=val/loss",
     "ema.decay=0.9",
     "model.optim.eps=1e-4",  # else Adam makes whole steps of gradients that are 0 but for rounding
 ]
 
 
-def run(_, phantom, folder, name, strategy, processes, steps):
+def run(_, phantom, folder, name, strategy, processes, steps, images):
     os.chdir(folder)
     machine = [f"hardware.devices={processes}", f"hardware.strategy={strategy}"]
     # Two micro-batches a step, whatever the number of processes.
     batch = [f"train.device_batch_size={4 // processes // 2}", f"train.max_steps={steps}"]
     places = [f"data.root={phantom}", f"run_dir={name}", f"tracking.uri=sqlite:///{name}.db", "evaluation.cache=cache"]
-    train(load_config([TINY], [*SETTINGS, *machine, *batch, *places]))
+    train(load_config([TINY], [*SETTINGS, *machine, *batch, *places, f"evaluation.images={images}"]))
 
 
-def launch(phantom, folder, name, strategy, processes, steps):
-    together(processes, run, phantom, folder, name, strategy, processes, steps, log=folder / f"{name}.log")
+def launch(phantom, folder, name, strategy, processes, steps, images=0):
+    """The state after `steps`; `images`: drawn and scored at each validation."""
+    together(processes, run, phantom, folder, name, strategy, processes, steps, images, log=folder / f"{name}.log")
     return state(folder / name)
 
 
@@ -116,7 +118,7 @@ def alone(phantom, folder):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_two_processes_and_their_resumes_are_one_process(phantom, folder, alone, strategy):
-    whole = launch(phantom, folder, f"{strategy}-whole", strategy, 2, 3)
+    whole = launch(phantom, folder, f"{strategy}-whole", strategy, 2, 3, images=4)
     assert_close(whole, alone, **ROUNDED)
 
     launch(phantom, folder, f"{strategy}-first", strategy, 2, 1)
