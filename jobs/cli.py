@@ -4,6 +4,7 @@ Nothing heavy is imported before a subcommand runs, so that `--help` is instant.
 """
 
 import importlib
+import os
 import signal
 import sys
 
@@ -18,6 +19,7 @@ COMMANDS = {
     "sample": "Draw pictures for a list of prompts.",
     "evaluate": "Score a folder of pictures against a folder of real ones.",
     "compare": "Compare the runs of an experiment, and the papers' own figures.",
+    "ui": "Show the runs as charts in MLflow.",
     "prepare": "Make phantom data, or fetch pretrained weights.",
     "encode": "Compute a data set's latents once.",
     "track": "Send to MLflow what a run could not send.",
@@ -68,6 +70,9 @@ def run(command: str | None = None) -> None:
 
 def run_command(command: click.Command, name: str) -> None:
     """Run a click command. A user's mistake is one line on standard error and exit code 2."""
+    # Else threads that wait for an operation spin, and take the processor from whoever works. It is read when torch is
+    # imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         command.main(prog_name=name, standalone_mode=False)
     except click.UsageError as error:

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import click
 
+from jobs.tracking.server import DEFAULT_EXPERIMENT
+
 
 @click.command()
-@click.option("--experiment", metavar="NAME", default="medsynth", show_default=True, help="MLflow experiment.")
+@click.option("--experiment", metavar="NAME", default=DEFAULT_EXPERIMENT, show_default=True, help="MLflow experiment.")
 @click.option(
     "--tracking-uri",
     metavar="URI",

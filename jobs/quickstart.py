@@ -58,7 +58,9 @@ def _report(config: "DictConfig", out: Path) -> None:
     click.secho("Done.", bold=True)
     click.echo(f"Fréchet distance (fd_random, lower is better): {before.value:.4g} before, {after.value:.4g} after")
     click.echo(f"Pictures beside their prompts:                  {grid}")
-    click.echo(f"Compare the runs in MLflow:                     {ui_command(config.tracking.uri)}")
+    click.echo(
+        f"Compare the runs in MLflow:                     {ui_command(config.tracking.uri, config.tracking.experiment)}"
+    )
 
 
 if __name__ == "__main__":

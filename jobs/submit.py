@@ -220,7 +220,7 @@ def submit(executor: "Executor", config: "DictConfig", watch: bool) -> int:
     click.echo(f"job {job.job_id}")
     click.echo(f"config {path}")
     click.echo(f"log {job.paths.stdout}")
-    click.echo(f"MLflow: {ui_command(config.tracking.uri)}")
+    click.echo(f"MLflow: {ui_command(config.tracking.uri, config.tracking.experiment)}")
     job.cancel_at_deletion(False)
     _exit_code_file(job).unlink(missing_ok=True)  # of an earlier job of this number
     return _follow(job) if watch else 0

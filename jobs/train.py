@@ -103,7 +103,7 @@ def _train(config: "DictConfig", request: "StopRequest") -> "Trainer":
     trainer = _build_trainer(config, module, evaluation, preemption, tracker)
     if trainer.is_global_zero:
         print_summary(config, module, data, counts)
-        click.echo(f"MLflow: {ui_command(config.tracking.uri)}")
+        click.echo(f"MLflow: {ui_command(config.tracking.uri, config.tracking.experiment)}")
     checkpoint = _newest_checkpoint(run_dir, trainer.is_global_zero)
     _log_run(tracker, config, module, data, run_facts())
 

@@ -25,7 +25,16 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
 from jobs.tracking.sender import Sender, SenderThread
-from jobs.tracking.server import PARAM_LENGTH, TAG_LENGTH, cause, import_mlflow, public_uri, resolve_uri, valid_key
+from jobs.tracking.server import (
+    DEFAULT_EXPERIMENT,
+    PARAM_LENGTH,
+    TAG_LENGTH,
+    cause,
+    import_mlflow,
+    public_uri,
+    resolve_uri,
+    valid_key,
+)
 from jobs.tracking.spool import Spool, milliseconds, read_run_id
 from medsynth.errors import UserError
 
@@ -41,7 +50,7 @@ class TrackingConfig:
 
     uri: Optional[str] = None
     """MLflow tracking URI: http(s)://… or a database; null takes $MLFLOW_TRACKING_URI, else sqlite:///mlruns.db."""
-    experiment: str = "medsynth"
+    experiment: str = DEFAULT_EXPERIMENT
     """MLflow experiment; made where it does not exist."""
     run_name: Optional[str] = None
     """The run's name in MLflow; null takes the name the job gives, else that of the run directory."""

@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # importing MLflow costs seconds
     from mlflow import MlflowClient
 
 DEFAULT_URI = "sqlite:///mlruns.db"
+DEFAULT_EXPERIMENT = "medsynth"
 
 # MLflow's own limits, in characters.
 _KEY_LENGTH, PARAM_LENGTH, TAG_LENGTH = 250, 6000, 8000
@@ -52,11 +53,24 @@ def public_uri(uri: str) -> str:
     return uri.replace(f":{password}@", ":***@", 1) if password else uri
 
 
-def ui_command(uri: str | None) -> str:
-    """The shell command that opens the MLflow UI on `uri`; None means as in `TrackingConfig.uri`."""
-    uri = public_uri(resolve_uri(uri))
-    opener = "python -m webbrowser" if uri.startswith(("http://", "https://")) else "mlflow ui --backend-store-uri"
-    return f"{opener} {shlex.quote(uri)}"
+def is_server(uri: str) -> bool:
+    """Whether `uri` is that of a server, which has a page; else it is a database's."""
+    return uri.startswith(("http://", "https://"))
+
+
+def charts_link(page: str, experiment_id: str) -> str:
+    """Address of the charts of an experiment's runs. MLflow's first page is about language models."""
+    return f"{page}/#/experiments/{experiment_id}/runs?compareRunsMode=CHART&workflowType=machine_learning"
+
+
+def ui_command(uri: str | None, experiment: str = DEFAULT_EXPERIMENT) -> str:
+    """The shell command that shows an experiment's runs in MLflow; a `uri` of None means as in `TrackingConfig.uri`."""
+    options = []
+    if uri is not None and resolve_uri(uri) != resolve_uri(None):
+        options += ["--tracking-uri", public_uri(resolve_uri(uri))]
+    if experiment != DEFAULT_EXPERIMENT:
+        options += ["--experiment", experiment]
+    return shlex.join(["medsynth", "ui", *options])
 
 
 def mlflow_client(uri: str) -> "MlflowClient":

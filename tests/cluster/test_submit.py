@@ -41,7 +41,7 @@ def test_a_run_through_everything_that_slurm_does_is_watched_to_its_end(slurm, f
     assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", str(len(disturbances) + 1)), training.log()[-4000:]
     assert fields["TimeLimit"] == "01:00:00"
     assert_same_run(folder, undisturbed)
-    assert "MLflow: mlflow ui --backend-store-uri sqlite:///" in watched(folder)
+    assert "MLflow: medsynth ui" in watched(folder)
     assert "resuming from" in watched(folder)
 
 

@@ -65,7 +65,7 @@ def test_a_mistake_is_one_clear_line(setting, said):
 
 # Asked one after another in one new interpreter: argument lists of commands, and what each says.
 INSTANT = r"""
-import contextlib, io, sys, time
+import contextlib, io, os, sys, time
 from jobs.cli import main, run_command
 
 def said(*arguments):
@@ -99,6 +99,7 @@ assert "did you mean msdm?" in said("submit", "--cluster", "local", tiny, "metho
 assert "did you mean msdm?" in said("submit", "--cluster", "kubernetes", tiny, "method=msdn")
 heavy = {"torch", "lightning", "diffusers", "transformers", "mlflow"} & sys.modules.keys()
 assert not heavy, heavy
+assert os.environ["OMP_WAIT_POLICY"] == "passive", "before torch is imported, which reads it"
 print(time.process_time())
 """
 

@@ -527,8 +527,9 @@ def test_the_tracking_uri(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
     assert resolve_uri(None) == "http://mlflow:5000"
     assert resolve_uri("sqlite:///other.db") == f"sqlite:///{tmp_path}/other.db"
-    assert ui_command("sqlite:////a b.db") == "mlflow ui --backend-store-uri 'sqlite:////a b.db'"
-    assert ui_command(None) == "python -m webbrowser http://mlflow:5000"
+    assert ui_command("sqlite:////a b.db") == "medsynth ui --tracking-uri 'sqlite:////a b.db'"
+    assert ui_command("http://mlflow:5000", "study 2") == "medsynth ui --experiment 'study 2'"
+    assert ui_command(None) == "medsynth ui"
 
 
 def test_no_password_is_stored_or_shown(tmp_path, caplog):
