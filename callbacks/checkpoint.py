@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from callbacks.durable import BEST, LAST
 from medsynth.errors import UserError
+from medsynth.ranges import choice, number
 
 
 class CheckpointUnwritten(UserWarning):
@@ -23,21 +24,14 @@ class CheckpointUnwritten(UserWarning):
 class CheckpointConfig:
     """When training saves `last.ckpt` and `best.ckpt`."""
 
-    every_steps: Optional[int] = 1000
+    every_steps: Optional[int] = number(1000, least=1, optional=True)
     """Optimizer steps between saves of last.ckpt; null saves it only after each validation and at the end."""
     monitor: str = "val/loss"
     """The logged value that chooses best.ckpt, for instance eval/fid; validations without it are passed over."""
-    mode: str = "min"
+    mode: str = choice("min", ("min", "max"))
     """Whether the lowest ("min") or the highest ("max") value is best."""
-    on_error: str = "continue"
+    on_error: str = choice("continue", ("continue", "stop"))
     """A checkpoint that cannot be written, for instance on a full disk: "continue" training and say so, or "stop"."""
-
-    def __post_init__(self):
-        if self.every_steps is not None and self.every_steps < 1:
-            raise UserError(f"checkpoint.every_steps is {self.every_steps}: give at least 1 step, or null")
-        for key, known in (("mode", ("min", "max")), ("on_error", ("continue", "stop"))):
-            if getattr(self, key) not in known:
-                raise UserError(f'checkpoint.{key} is "{getattr(self, key)}": give "{known[0]}" or "{known[1]}"')
 
 
 def build_checkpoints(config: CheckpointConfig, directory: str | Path) -> list[L.Callback]:

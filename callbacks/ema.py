@@ -13,6 +13,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from callbacks.lightning_types import generative
 from callbacks.sharding import Held, Sharded, ShardedTensors, trained_parameters
 from medsynth.errors import UserError
+from medsynth.ranges import number
 
 if TYPE_CHECKING:
     from lightning_modules.base import GenerativeModule
@@ -22,18 +23,12 @@ if TYPE_CHECKING:
 class EMAConfig:
     """How the trained weights are averaged."""
 
-    decay: float = 0.9999
+    decay: float = number(0.9999, least=0, below=1)
     """Share of the old average in each update, in [0, 1); 0 trains without an average."""
     warmup: bool = True
     """Start with a short memory: after n updates the share is at most (1 + n) / (10 + n)."""
-    every: int = 1
+    every: int = number(1, least=1)
     """Optimizer steps from one update to the next, at least 1."""
-
-    def __post_init__(self):
-        if not 0 <= self.decay < 1:
-            raise UserError(f"ema.decay is {self.decay}: give a share in [0, 1), or 0 for no average")
-        if self.every < 1:
-            raise UserError(f"ema.every is {self.every}: give a number of optimizer steps, at least 1")
 
 
 class EMA(L.Callback):

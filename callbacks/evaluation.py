@@ -21,44 +21,52 @@ from datamodules.batches import collate
 from datamodules.stream import EvaluationSampler, derive_seed
 from lightning_modules.base import GenerativeModule
 from medsynth.errors import UserError
-from metrics.extractors import FeatureExtractor, build_extractor
+from medsynth.ranges import choice, number
+from metrics.extractors import EXTRACTORS, FeatureExtractor, build_extractor
 from metrics.images import quantise
 from metrics.paired import PairedSimilarity
-from metrics.suite import GenerationMetrics
+from metrics.suite import LEAST, GenerationMetrics, score_names
 
 
 @dataclass
 class EvaluationConfig:
     """How generated pictures are scored while training."""
 
-    images: int = 2000
+    images: int = number(2000, least=0)
     """Pictures generated for each evaluation, over all processes; 0 scores nothing."""
-    every: int = 1
+    every: int = number(1, least=1)
     """Validations from one evaluation, and one grid, to the next."""
     at_start: bool = False
     """Evaluate before the first step too."""
-    batch_size: int = 32
+    batch_size: int = number(32, least=1)
     """Pictures a process generates at once."""
-    extractor: str = "inception"
+    extractor: str = choice("inception", tuple(EXTRACTORS))
     """Features: inception (of 2015-12-05, gives fid) or random (fixed seed, needs no weights, gives fd_random)."""
     weights: Optional[str] = None
     """Inception weights file; by default where torch-fidelity keeps its download."""
-    reference: str = "all"
+    reference: str = choice("all", ("train", "val", "all"))
     """Real pictures to score against: train, val or all (the papers' choice)."""
     paired: bool = False
     """Compare each generated picture with the real one whose conditions it was given too: eval/psnr (dB), eval/ssim."""
-    steps: Optional[int] = None
+    steps: Optional[int] = number(None, least=1)
     """Denoising steps; by default the model's."""
-    guidance: Optional[float] = None
+    guidance: Optional[float] = number(None, least=0)
     """Guidance; by default the model's."""
-    grid: int = 8
+    grid: int = number(8, least=0)
     """Validation samples of the grid, with fixed prompts and seeds; 0 draws none."""
     cache: str = "~/.cache/medsynth"
     """Folder where statistics of real pictures are kept, under a key of data, resolution and extractor."""
 
     def __post_init__(self):
-        if self.reference not in ("train", "val", "all"):
-            raise UserError(f"evaluation.reference={self.reference} is not known; use train, val or all")
+        if 0 < self.images < LEAST:
+            raise UserError(f"evaluation.images={self.images}: scores need at least {LEAST}; 0 scores nothing")
+
+    def names(self) -> list[str]:
+        """What is logged of each evaluation."""
+        if not self.images:
+            return []
+        scores = score_names(self.extractor, EXTRACTORS[self.extractor].classes > 0)
+        return [f"eval/{name}" for name in scores + (["psnr", "ssim"] if self.paired else [])]
 
 
 class Evaluation(L.Callback):
@@ -84,8 +92,14 @@ class Evaluation(L.Callback):
         self._validations = state_dict["validations"]
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        # What cannot be scored is refused now, not at the first evaluation.
         if self.config.paired:
-            data_of(trainer).paired_pictures([0])  # refused now, not at the first evaluation
+            data_of(trainer).paired_pictures([0])
+        if self.config.images and (reals := len(data_of(trainer).reference_set(self.config.reference))) < LEAST:
+            raise UserError(
+                f"evaluation.reference={self.config.reference}: {reals} real pictures are too few to score against, "
+                f"which takes {LEAST}; set evaluation.images=0, or another reference"
+            )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self.config.at_start or trainer.global_step:

@@ -22,19 +22,21 @@ from lightning.pytorch.trainer.states import TrainerFn
 from callbacks.checkpoint import log_step, save
 from callbacks.durable import read_manifest
 from medsynth.errors import UserError
-from medsynth.exit_codes import NO_PROGRESS, PREEMPTED
+from medsynth.exit_codes import INTERRUPTED, NO_PROGRESS, PREEMPTED
 from medsynth.files import write_whole
+from medsynth.ranges import number
 
-SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 ATTEMPTS_FILE = "attempts.json"
 _ECHO_SECONDS = 2.0
+_IDLE_SECONDS = 5.0  # in which a process that Ctrl-C finds outside of training comes to its end
 
 
 class Preempted(SystemExit):
     """The run was asked to leave, and has saved if it could."""
 
-    def __init__(self):
-        super().__init__(PREEMPTED)
+    def __init__(self, code: int = PREEMPTED):
+        super().__init__(code)
 
 
 class DifferentCheckpoints(UserError):  # noqa: N818
@@ -53,29 +55,28 @@ class NoProgress(UserError):  # noqa: N818
 class PreemptionConfig:
     """How a run that is asked to leave does so."""
 
-    grace_seconds: float = 120.0
+    grace_seconds: float = number(120.0, above=0)
     """Longest time from the signal to the end, saving included; then the process ends at once, saved or not."""
-    restarts: int = 3
+    restarts: int = number(3, least=1)
     """Starts from one and the same step after which the run stops for good."""
-
-    def __post_init__(self):
-        if self.grace_seconds <= 0:
-            raise UserError(f"preemption.grace_seconds={self.grace_seconds}: give a time above 0")
-        if self.restarts < 1:
-            raise UserError(f"preemption.restarts={self.restarts}: give at least 1")
 
 
 class StopRequest:
-    """Whether SIGUSR1 or SIGTERM has come to this process.
+    """Whether SIGUSR1, SIGTERM or SIGINT (Ctrl-C) has come to this process.
 
     The signals wake a thread through a pipe: it hears of them even where the main thread waits for a process that no
     longer answers. A second signal, or `grace_seconds` without an end, ends the process on the spot: with 75 where it
-    is `saved`, else with 143. Of two within 2 seconds the second is an echo: launchers pass on what came to all.
+    is `saved`, else with 143, and after Ctrl-C with 130. Of two within 2 seconds the second is an echo: launchers pass
+    on what came to all; but a second Ctrl-C is a person's.
+
+    While it is not `training`, Ctrl-C raises `Preempted` at once, for there is nothing to save.
     """
 
     def __init__(self, grace_seconds: float):
         self.grace_seconds = grace_seconds
         self.saved = False  # whether a start from the newest checkpoint loses nothing
+        self.training = False  # whether steps are taken, after which it is looked whether a signal has come
+        self.interrupted = False  # whether a person has asked, by Ctrl-C
         self._since: float | None = None
         self._deadline: threading.Timer | None = None
 
@@ -84,15 +85,21 @@ class StopRequest:
         """Whether a signal has come."""
         return self._since is not None
 
+    @property
+    def exit_code(self) -> int:
+        """What a run that is asked to leave ends with."""
+        return INTERRUPTED if self.interrupted else PREEMPTED
+
     @contextmanager
     def listening(self) -> Iterator["StopRequest"]:
         """Inside, the signals are requests; for the main thread."""
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
-        before = {number: signal.signal(number, _do_nothing) for number in SIGNALS}
+        before = {number: signal.signal(number, self.answer) for number in SIGNALS}
         waking = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         _parents.add(os.getpid())
-        threading.Thread(target=self._listen, args=(reading,), daemon=True, name="signals").start()
+        listener = threading.Thread(target=self._listen, args=(reading,), daemon=True, name="signals")
+        listener.start()
         try:
             yield self
         finally:
@@ -101,39 +108,53 @@ class StopRequest:
                 signal.signal(number, handler)
             _parents.discard(os.getpid())
             os.close(writing)  # ends the thread
+            listener.join()
             if self._deadline:
                 self._deadline.cancel()
 
     def _listen(self, reading: int) -> None:
         while received := os.read(reading, 64):
-            for number in received:
-                if number in SIGNALS:
-                    self._receive(signal.Signals(number))
+            for signum in received:
+                if signum in SIGNALS:
+                    self._receive(signal.Signals(signum))
         os.close(reading)
 
     def _receive(self, number: signal.Signals) -> None:
-        now = time.monotonic()
+        now, by_hand = time.monotonic(), number is signal.SIGINT
         if self._since is not None:
-            if now - self._since > _ECHO_SECONDS:
+            echoes = not (by_hand and self.interrupted) or "TORCHELASTIC_RUN_ID" in os.environ
+            self.interrupted |= by_hand
+            if not echoes or now - self._since > _ECHO_SECONDS:
                 self._end(f"second signal, {number.name}")
             return
-        self._since = now
-        _say(f"{number.name}: saving at the end of this step, then leaving")
-        why = f"{self.grace_seconds:g} s after {number.name}"
-        self._deadline = threading.Timer(self.grace_seconds, self._end, [why])
+        self._since, self.interrupted = now, by_hand
+        again = "; once more ends it at once" if by_hand else ""
+        if self.training or not by_hand:
+            _say(f"{number.name}: saving at the end of this step, then leaving{again}")
+        else:
+            _say(f"{number.name}: leaving; there is nothing to save")
+        seconds = self.grace_seconds if self.training or not by_hand else min(_IDLE_SECONDS, self.grace_seconds)
+        self._deadline = threading.Timer(seconds, self._end, [f"{seconds:g} s after {number.name}"])
         self._deadline.daemon = True
         self._deadline.start()
+
+    def answer(self, number: int, frame: FrameType | None) -> None:
+        """Handle a signal in the main thread, beside what the other has heard of it."""
+        if number == signal.SIGINT and not self.training:
+            self.interrupted = True
+            raise Preempted(INTERRUPTED)
 
     def _end(self, why: str) -> None:
         if self.saved:
             _say(f"{why}: saved, leaving at once; what has not reached MLflow is sent at the next start")
-            os._exit(PREEMPTED)
+            os._exit(self.exit_code)
         _say(f"{why}: leaving without saving; the run goes on from its last checkpoint")
-        os._exit(128 + signal.SIGTERM)
+        os._exit(INTERRUPTED if self.interrupted else 128 + signal.SIGTERM)
 
 
 class Preemption(Checkpoint):
-    """Stops all processes at one step when any of them was asked to, with a checkpoint, and exit code 75.
+    """Stops all processes at one step when any of them was asked to, with a checkpoint, and exit code 75, or 130 where
+    that was by Ctrl-C.
 
     After each optimizer step the processes tell each other, and act on what was told one step before: nobody waits, and
     all leave at the same step. In a validation they agree on the spot; it is not finished.
@@ -187,7 +208,7 @@ class Preemption(Checkpoint):
         if self._tell():
             log_step(trainer)
             self._save(trainer)
-            raise Preempted
+            raise Preempted(self.request.exit_code)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._validating = True
@@ -231,7 +252,7 @@ class Preemption(Checkpoint):
         progress["epoch_loop.val_loop.batch_progress"]["current"].update(dict.fromkeys(begun, 0))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.request.saved = True  # by the callbacks before this one
+        self.request.saved, self.request.training = True, False  # by the callbacks before this one
         if trainer.is_global_zero:
             self._attempts.unlink(missing_ok=True)
 
@@ -239,7 +260,7 @@ class Preemption(Checkpoint):
         """Agree on the spot, and leave if any process was asked to; for all processes together."""
         if self._agree():
             self.request.saved = not self._validating  # before training nothing is new; within a validation, see above
-            raise Preempted
+            raise Preempted(self.request.exit_code)
 
     def _save(self, trainer: L.Trainer) -> None:
         self.request.saved = save(trainer, self._checkpoint, self._on_error)
@@ -270,28 +291,38 @@ class Preemption(Checkpoint):
     def _take_over(self, trainer: L.Trainer) -> None:
         """Lightning has set its own handler of SIGTERM, which leaves without saving; and before each batch it asks all
         processes whether one got the signal, for which each waits until its GPU has nothing left to do."""
-        for number in SIGNALS:
-            signal.signal(number, _do_nothing)
+        self.request.training = True
+        for signum in SIGNALS:
+            signal.signal(signum, self.request.answer)
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
 
     def _tell(self) -> bool:
         """Send this process's answer, and give everyone's of the step before."""
         if self._group is None:
             return self.request.requested
-        before, answer = self._told, torch.tensor([float(self.request.requested)])
+        before, answer = self._told, self._own_answer()
         self._told = (answer, torch.distributed.all_reduce(answer, group=self._group, async_op=True))
         if before is None:
             return False
         before[1].wait()
-        return bool(before[0])
+        return self._understood(before[0])
 
     def _agree(self) -> bool:
         """Everyone's answer now."""
         if self._group is None:
             return self.request.requested
-        answer = torch.tensor([float(self.request.requested)])
+        answer = self._own_answer()
         torch.distributed.all_reduce(answer, group=self._group)
-        return bool(answer)
+        return self._understood(answer)
+
+    def _own_answer(self) -> torch.Tensor:
+        """float32 (2,): whether this process was asked to leave, and whether by hand."""
+        return torch.tensor([self.request.requested, self.request.interrupted], dtype=torch.float32)
+
+    def _understood(self, answers: torch.Tensor) -> bool:
+        """Whether any process was asked to leave; all then end alike."""
+        self.request.interrupted |= bool(answers[1])
+        return bool(answers[0])
 
     def _count(self, step: int) -> int:
         """Starts from this step, this one among them, kept in the run directory."""
@@ -342,10 +373,6 @@ def _begin_child() -> None:
 
 # Until it has begun, a child would pass on its signals as the parent's.
 os.register_at_fork(before=_begin_fork, after_in_parent=_end_fork, after_in_child=_begin_child)
-
-
-def _do_nothing(number: int, frame: FrameType | None) -> None:
-    """The signal has woken the thread already; a handler there must be, or the process would end."""
 
 
 def _say(line: str) -> None:

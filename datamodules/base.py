@@ -14,12 +14,13 @@ from torch.utils.data import DataLoader, Dataset
 from datamodules.batches import Conditions, Drawing, ImageBatch, Sample, collate
 from datamodules.stream import EvaluationSampler, SampleOrder, StreamBatchSampler, StreamLoader
 from medsynth.errors import UserError
+from medsynth.ranges import number
 
 
 def leave_signals_to_the_parent(worker: int) -> None:
     """Begin a DataLoader's worker: a batch system signals all processes of a job, and the run still needs this one."""
-    for number in (signal.SIGUSR1, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    for signum in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, signal.SIG_IGN)
 
 
 @dataclass
@@ -30,9 +31,9 @@ class DataConfig:
     """Which DataModule, by its name in jobs/run/registry.py."""
     root: str = "???"
     """Folder of the data set."""
-    resolution: int = 256
+    resolution: int = number(256, least=1)
     """Side of the square training pictures, pixels."""
-    workers: int = 4
+    workers: int = number(4, least=0)
     """DataLoader worker processes for each training process; 0 loads in the training process."""
     latents: Optional[str] = None
     """Folder that `medsynth encode` wrote: training reads latents from it instead of pictures."""

@@ -17,6 +17,7 @@ from datamodules.files.pictures import Pictures
 from datamodules.files.shards import Shards
 from datamodules.files.tables import Table, drop_bad_rows
 from medsynth.errors import UserError
+from medsynth.ranges import choice
 
 _HEADER = 1 << 16  # bytes in which nearly every picture's header ends
 
@@ -27,7 +28,7 @@ class CanineHipConfig(CaptionedConfig):
 
     name: str = "canine_hip"
     """This data set's name."""
-    layout: str = "auto"
+    layout: str = choice("auto", ("auto", *LAYOUTS))
     """metadata, folders, pairs or webdataset; `auto` looks which it is."""
     caption: Optional[str] = None
     """Template of every caption, such as "ventrodorsal canine pelvic radiograph, {label}": {label} is the class,
@@ -35,10 +36,6 @@ class CanineHipConfig(CaptionedConfig):
     square: str = "pad"
     validation_images: int = 31
     """Pictures that are held out for validation, drawn by seed; a folder `validation` takes their place."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.require_choice(layout=("auto", *LAYOUTS))
 
 
 class CanineHip(CaptionedDataModule[CanineHipConfig]):

@@ -26,6 +26,7 @@ from datamodules.files.tables import Table
 from datamodules.stream import SampleOrder, SampleStream, derive_seed
 from medsynth.errors import UserError
 from medsynth.files import write_whole
+from medsynth.ranges import choice, number
 
 Progress = Callable[[int, int], None]
 
@@ -36,54 +37,28 @@ _BLOCK = 1024  # pictures whose check is under way at once
 class CaptionedConfig(DataConfig):
     """How pictures are made square and varied, which are held out, and what becomes of bad ones."""
 
-    least_held_out: ClassVar[int] = 1
-
-    validation_images: int = 200
+    validation_images: int = number(200, least=1)
     """Pictures, with all their prompts, that are held out for validation, drawn by seed."""
-    square: str = "crop"
+    square: str = choice("crop", ("crop", "pad"))
     """How a picture becomes square: `crop` takes the largest square, at random along the longer side in training and
     from the centre elsewhere; `pad` keeps the whole picture between black bars."""
-    brightness: float = 0.0
+    brightness: float = number(0.0, least=0)
     """Strength s of the brightness jitter: a factor from U[max(0, 1 - s), 1 + s]; 0 = off."""
-    contrast: float = 0.0
+    contrast: float = number(0.0, least=0)
     """Strength of the contrast jitter, likewise."""
-    saturation: float = 0.0
+    saturation: float = number(0.0, least=0)
     """Strength of the saturation jitter, likewise. Hue is never changed: prompts speak of colours."""
-    prompt_dropout: float = 0.1
+    prompt_dropout: float = number(0.1, least=0, most=1)
     """Probability that a training sample's prompt is dropped, that is becomes "" and trains the unconditional model."""
     flips: bool = False
     """Flip horizontally and vertically, each with probability 0.5, the training samples whose caption is ""; never the
     others: prompts speak of places."""
-    on_bad: str = "fail"
+    on_bad: str = choice("fail", ("fail", "skip"))
     """Bad rows: `fail` lists them and stops; `skip` trains on the others."""
-    check: str = "all"
+    check: str = choice("all", ("all", "headers"))
     """What is looked at before training: `all` decodes every picture; `headers` reads only how large each is."""
-    max_pixels: int = 100_000_000
+    max_pixels: int = number(100_000_000, least=1, most=MOST_PIXELS)
     """Pixels beyond which a picture counts as damaged or hostile and is not decoded."""
-
-    def __post_init__(self):
-        self.require_choice(square=("crop", "pad"), on_bad=("fail", "skip"), check=("all", "headers"))
-        self.require_range(0, 1, "prompt_dropout")
-        for key in ("brightness", "contrast", "saturation"):
-            if getattr(self, key) < 0:
-                raise UserError(f"data.{key}={getattr(self, key)}: must not be negative")
-        for key, least in {"resolution": 1, "validation_images": self.least_held_out, "max_pixels": 1}.items():
-            if getattr(self, key) < least:
-                raise UserError(f"data.{key}={getattr(self, key)}: must be at least {least}")
-        if self.max_pixels > MOST_PIXELS:
-            raise UserError(f"data.max_pixels={self.max_pixels}: must be at most {MOST_PIXELS}")
-
-    def require_choice(self, **choices: Sequence[str]) -> None:
-        """Raise UserError unless each key has one of its choices."""
-        for key, allowed in choices.items():
-            if getattr(self, key) not in allowed:
-                raise UserError(f"data.{key}={getattr(self, key)}: must be one of {', '.join(allowed)}")
-
-    def require_range(self, lowest: float, highest: float, *keys: str) -> None:
-        """Raise UserError unless each key lies in [lowest, highest]."""
-        for key in keys:
-            if not lowest <= getattr(self, key) <= highest:
-                raise UserError(f"data.{key}={getattr(self, key)}: must lie between {lowest} and {highest}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ from datamodules.files.images import Geometry, PictureFolder
 from datamodules.files.pictures import Pictures
 from datamodules.files.tables import Table, drop_bad_rows, read_table
 from medsynth.errors import UserError
+from medsynth.ranges import choice, number, numbers
 
 _DEEP_SUFFIXES = frozenset({".png", ".tif", ".tiff"})
 _CAPTIONS = "captions.csv"
@@ -51,15 +52,15 @@ class ChestXRayConfig(CaptionedConfig):
     controls: list[str] = field(default_factory=lambda: ["mask"])
     """What steers the generation, in the order of the channels: `canny` an edge map, `depth`, `mask` (1 channel each),
     `picture` the picture itself (3 channels)."""
-    canny_low: list[float] = field(default_factory=lambda: [30.0])
+    canny_low: list[float] = numbers([30.0], count=(1, 2), least=0)
     """Lower threshold of the edge map, or lowest and highest of a uniform draw in training, whose middle is taken
     elsewhere; in sums of Sobel gradients: a step by h of 255 greys has 4h. The defaults are for radiographs, whose
     edges are faint; for photographs edge-conditioned ControlNets are used to 100, 200 and no blur."""
-    canny_high: list[float] = field(default_factory=lambda: [60.0])
+    canny_high: list[float] = numbers([60.0], count=(1, 2), least=0)
     """Upper threshold, likewise: an edge starts above it and goes on above the lower one."""
-    canny_blur: list[float] = field(default_factory=lambda: [1.5])
+    canny_blur: list[float] = numbers([1.5], count=(1, 2), least=0)
     """Standard deviation, pixels, of the blur before the edges are sought, likewise; 0 = none."""
-    mask_max: int = 255
+    mask_max: int = number(255, least=1, most=65535)
     """Grey value of a mask that becomes 1.0: 1 for masks of 0 and 1, N - 1 for N classes as 0 … N - 1. Masks of one bit
     need none."""
     mask_resize: bool = False
@@ -67,24 +68,21 @@ class ChestXRayConfig(CaptionedConfig):
     depth_model: Optional[str] = None
     """Depth-estimation model for `medsynth prepare depth`: a hub id or a local folder that transformers'
     AutoModelForDepthEstimation loads (DPT, Depth Anything …)."""
-    window: Optional[list[float]] = None
+    window: Optional[list[float]] = numbers(None, count=2)
     """Centre and width of the values that are shown, for DICOM files that name none themselves and for 16-bit pictures;
     none: from the 0.5th to the 99.5th percentile of each picture."""
-    sixteen_bit: str = "window"
+    sixteen_bit: str = choice("window", ("window", "range"))
     """16-bit PNG and TIFF: `window` shows what `window` says; `range` shows 0 … 65535 whatever the picture holds."""
 
     def __post_init__(self):
-        super().__post_init__()
         channels(self.controls)
-        self.require_choice(sixteen_bit=("window", "range"))
-        self.require_range(1, 65535, "mask_max")
         for key in ("canny_low", "canny_high", "canny_blur"):
             values = getattr(self, key)
-            if len(values) not in (1, 2) or min(values) < 0 or values != sorted(values):
-                raise UserError(f"data.{key}={values}: must be one number, or a lowest and a highest, from 0 up")
+            if values != sorted(values):
+                raise UserError(f"data.{key}={values}: must be one number, or a lowest and a highest")
         if self.canny_low[-1] > self.canny_high[0]:
             raise UserError(f"data.canny_low={self.canny_low}: must not exceed data.canny_high={self.canny_high}")
-        if self.window is not None and (len(self.window) != 2 or self.window[1] < 1):
+        if self.window is not None and self.window[1] < 1:
             raise UserError(f"data.window={self.window}: must be a centre and a width of at least 1")
 
 

@@ -35,6 +35,7 @@ from datamodules.files.pictures import Pictures
 from datamodules.files.tables import Table, drop_bad_rows
 from datamodules.stream import derive_seed
 from medsynth.errors import UserError
+from medsynth.ranges import choice, number
 
 _NAME, _FILEWORDS = "[name]", "[filewords]"
 _PLACEHOLDER = re.compile(r"\[[^\[\]]*\]")
@@ -51,28 +52,21 @@ class CytologyConfig(CaptionedConfig):
     caption. Training draws a line anew each pass, all else shows one line for each picture. None: the caption alone."""
     name_token: str = "cytology"
     """What [name] stands for: the word that the style is learned under."""
-    filewords: str = "file"
+    filewords: str = choice("file", ("file", "class"))
     """A picture's caption: `file` takes the .txt beside it, else the words of its file's name without numbers, else its
     class; `class` always takes the class."""
     balance: bool = True
     """Show pictures of small classes more than once a pass, so that all classes have as many samples as the largest."""
-    affine_probability: float = 0.5
+    affine_probability: float = number(0.5, least=0, most=1)
     """Probability of each of the three changes of training pictures: rotation, flip, zoom."""
-    rotation: float = 10.0
+    rotation: float = number(10.0, least=0, most=180)
     """Largest angle of a rotation to either side, degrees; the picture grows just so far that no corner is empty."""
-    zoom: float = 1.5
+    zoom: float = number(1.5, least=1, most=10)
     """Largest factor of a zoom into the middle, 1 to 10."""
     flips: bool = True
     """Flip, left to right or upside down, whatever the caption: it names no places."""
     prompt_dropout: float = 0.0
     validation_images: int = 20
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.require_choice(filewords=("file", "class"))
-        self.require_range(0, 1, "affine_probability")
-        self.require_range(0, 180, "rotation")
-        self.require_range(1, 10, "zoom")
 
 
 class Cytology(CaptionedDataModule[CytologyConfig]):
@@ -145,9 +139,9 @@ class Cytology(CaptionedDataModule[CytologyConfig]):
             ) from None
         except (OSError, UnicodeDecodeError):
             raise UserError(f"data.template: {path} is no text in UTF-8") from None
-        for number, line in enumerate(lines, 1):
+        for place, line in enumerate(lines, 1):
             if strange := [found for found in _PLACEHOLDER.findall(line) if found not in (_NAME, _FILEWORDS)]:
-                raise UserError(f"{path}: line {number}: {strange[0]} is not known; use {_NAME} and {_FILEWORDS}")
+                raise UserError(f"{path}: line {place}: {strange[0]} is not known; use {_NAME} and {_FILEWORDS}")
         if not any(lines):
             raise UserError(f"data.template: {path} has no lines")
         return [line for line in dict.fromkeys(lines) if line]

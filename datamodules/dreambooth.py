@@ -11,7 +11,7 @@ class folders, are the split. `extra.jsonl` may give a picture a caption or anot
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path, PurePath
-from typing import ClassVar, Optional
+from typing import Optional
 
 from torch import Tensor
 
@@ -23,6 +23,7 @@ from datamodules.files.pictures import Pictures
 from datamodules.files.tables import Table, drop_bad_rows
 from datamodules.stream import SampleStream, derive_seed
 from medsynth.errors import UserError
+from medsynth.ranges import number
 
 _PRIOR = "class pictures:"  # in a picture's name: it lies in the class folder, not in root
 
@@ -30,8 +31,6 @@ _PRIOR = "class pictures:"  # in a picture's name: it lies in the class folder, 
 @dataclass
 class DreamBoothConfig(CaptionedConfig):
     """Which pictures of which classes are learned, under which words."""
-
-    least_held_out: ClassVar[int] = 0
 
     name: str = "dreambooth"
     """This data set's name."""
@@ -44,20 +43,15 @@ class DreamBoothConfig(CaptionedConfig):
     class."""
     class_prompt: str = "a photo of {label}"
     """Prompt of the class pictures."""
-    class_pictures: int = 200
+    class_pictures: int = number(200, least=0)
     """Class pictures of each class; 0 learns without a prior."""
     class_folder: Optional[str] = None
     """Folder of the class pictures, which runs may share; none: ROOT-class, beside root. What is missing is drawn; a
     class whose folder holds pictures of your own uses those."""
-    validation_images: int = 0
+    validation_images: int = number(0, least=0)
     """Pictures of each class that are held out for validation, drawn by seed; a folder `validation` takes their place.
     0 trains on all, and validates on the same, unvaried: the loss then says how well they are known by heart."""
     prompt_dropout: float = 0.0
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.class_pictures < 0:
-            raise UserError(f"data.class_pictures={self.class_pictures}: must not be negative")
 
 
 class DreamBoothData(CaptionedDataModule[DreamBoothConfig]):

@@ -23,6 +23,7 @@ from datamodules.files.images import PictureFolder
 from datamodules.files.pictures import Pictures
 from datamodules.files.tables import Table, drop_bad_rows, read_table
 from medsynth.errors import UserError
+from medsynth.ranges import choice, number
 
 
 @dataclass
@@ -35,7 +36,7 @@ class MedVQAGIConfig(CaptionedConfig):
     """CSV file of pictures and prompts, relative to root."""
     images: str = "images"
     """Folder of the pictures, relative to root."""
-    samples: str = "pairs"
+    samples: str = choice("pairs", ("pairs", "images"))
     """What one sample is: `pairs` a picture with one of its prompts; `images` a picture, as an autoencoder needs, whose
     caption is "" in training and the picture's first prompt in validation."""
     brightness: float = 0.4
@@ -46,19 +47,14 @@ class MedVQAGIConfig(CaptionedConfig):
     paraphrases: Optional[str] = None
     """CSV file with the columns Prompt and Paraphrase, one or more rows a prompt, relative to root; none: only those in
     a Paraphrase column of `csv`."""
-    paraphrase_strategy: str = "add"
+    paraphrase_strategy: str = choice("add", ("add", "replace_some", "replace_all"))
     """`add` trains on every paraphrase as a further pair; `replace_all` shows one of a prompt's paraphrases, drawn anew
     each time, in the prompt's place; `replace_some` does so with `paraphrase_probability`."""
-    paraphrase_probability: float = 0.5
+    paraphrase_probability: float = number(0.5, least=0, most=1)
     """Probability that `replace_some` replaces the prompt of a sample."""
     test_prompts: Optional[str] = None
     """CSV file with a column Prompt, relative to root: the prompts evaluation asks for; none: those of the validation
     pictures."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.require_choice(samples=("pairs", "images"), paraphrase_strategy=("add", "replace_some", "replace_all"))
-        self.require_range(0, 1, "paraphrase_probability")
 
 
 class MedVQAGI(CaptionedDataModule[MedVQAGIConfig]):

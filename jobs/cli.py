@@ -7,11 +7,13 @@ import importlib
 import os
 import signal
 import sys
+from collections.abc import Callable
 
 import click
 
 from medsynth import __version__
 from medsynth.errors import UserError
+from medsynth.exit_codes import INTERRUPTED, USER_ERROR
 
 COMMANDS = {
     "train": "Train a method from config files.",
@@ -63,23 +65,27 @@ def main() -> None:
 def run(command: str | None = None) -> None:
     """Run `medsynth`, or one subcommand of it."""
     if command is None:
-        run_command(main, "medsynth")
+        run_command(lambda: main, "medsynth")
     else:
-        run_command(_command(command), f"medsynth {command}")
+        run_command(lambda: _command(command), f"medsynth {command}")
 
 
-def run_command(command: click.Command, name: str) -> None:
-    """Run a click command. A user's mistake is one line on standard error and exit code 2."""
+def run_command(command: click.Command | Callable[[], click.Command], name: str) -> None:
+    """Run a click command, or what gives one. A user's mistake is one line on standard error and exit code 2; Ctrl-C
+    ends it with 130, without a traceback."""
     # Else threads that wait for an operation spin, and take the processor from whoever works. It is read when torch is
     # imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
-        command.main(prog_name=name, standalone_mode=False)
+        found = command if isinstance(command, click.Command) else command()
+        found.main(prog_name=name, standalone_mode=False)
     except click.UsageError as error:
         error.show()
-        sys.exit(2)
-    except click.exceptions.Abort:
-        sys.exit(130)
+        sys.exit(USER_ERROR)
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # once more ends it even where leaving takes long
+        click.echo("medsynth: interrupted", err=True)
+        sys.exit(INTERRUPTED)
     except UserError as error:
         click.echo(f"medsynth: {error}", err=True)
         sys.exit(error.exit_code)

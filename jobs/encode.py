@@ -106,6 +106,9 @@ def _launch(hardware: Any) -> "Fabric":
     from lightning.fabric.strategies import DDPStrategy
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+    from jobs.run.strategies import check_machine
+
+    check_machine(hardware)
     if hardware.threads:
         torch.set_num_threads(hardware.threads)
     for name in ("lightning.fabric", "lightning.pytorch.utilities.rank_zero"):

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -46,9 +47,11 @@ def main(config: tuple[str, ...], print_only: bool, keys: str | None) -> None:
     CONFIG are YAML files, merged in order; KEY=VALUE settings come last, for instance train.max_steps=1000. The same
     run_dir again resumes the run where it was left.
     """
+    from jobs.run.checks import check_monitor
     from jobs.run.config import load_arguments, to_yaml
 
     resolved = load_arguments(config)
+    check_monitor(resolved)
     if print_only:
         click.echo(to_yaml(resolved), nl=False)
     elif keys:
@@ -83,63 +86,90 @@ def train(config: "DictConfig") -> "Trainer":
 
 def _train(config: "DictConfig", request: "StopRequest") -> "Trainer":
     from jobs.run.config import instantiate
-    from jobs.run.folder import build_data, write_config
-    from jobs.run.summary import print_summary
+    from jobs.run.folder import build_data, refuse_another_run, write_config
     from jobs.tracking.facts import run_facts
     from jobs.tracking.logger import RunTracker
-    from jobs.tracking.server import ui_command
+    from medsynth.owner import Owner
 
     _set_up_process(config)
-    module = _make_module(config)
-    data, counts = build_data(config, module)
-    if config.hardware.compile:
-        module.compile()
+    module = _plan_module(config)
     run_dir = Path(config.run_dir)
     evaluation, preemption = _make_callbacks(config, request)
-
-    write_config(config)
-    data.write_split(str(run_dir))
     tracker = RunTracker(run_dir, instantiate(config, "tracking"), config.tracking.run_name or run_dir.name)
     trainer = _build_trainer(config, module, evaluation, preemption, tracker)
-    if trainer.is_global_zero:
-        print_summary(config, module, data, counts)
-        click.echo(f"MLflow: {ui_command(config.tracking.uri, config.tracking.experiment)}")
-    checkpoint = _newest_checkpoint(run_dir, trainer.is_global_zero)
-    _log_run(tracker, config, module, data, run_facts())
-
-    with _ending(tracker), tracker.unfinished():
-        trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
+    with Owner(run_dir, "run_dir", trainer.is_global_zero) as owner:
+        refuse_another_run(config)
+        _make_networks(config, module)
+        data, counts = build_data(config, module)
+        if config.hardware.compile:
+            module.compile()
         if trainer.is_global_zero:
-            _export(_whole(module, trainer, config), run_dir, tracker)
-    tracker.finalize("success")
+            _announce(config, module, data, counts)
+
+        owner.claim()
+        write_config(config)
+        data.write_split(str(run_dir))
+        checkpoint = _newest_checkpoint(run_dir, trainer.is_global_zero)
+        _log_run(tracker, config, module, data, run_facts())
+        with _ending(tracker), _without_orphans(trainer, request), tracker.unfinished():
+            trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
+            if trainer.is_global_zero:
+                _export(_whole(module, trainer, config), run_dir, tracker)
+        tracker.finalize("success")
     return trainer
 
 
 def _set_up_process(config: "DictConfig") -> None:
-    """What holds for the whole process: threads, seeds, and which warnings are worth reading."""
-    import lightning as L
+    """What holds for the whole process: its threads, and which warnings are worth reading."""
     import torch
 
+    from jobs.run.strategies import check_machine
+
     _quieten()
+    check_machine(config.hardware)
     if config.hardware.accelerator == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, which saving imports, would warn of no GPU
     if config.hardware.threads:
         torch.set_num_threads(config.hardware.threads)
-    L.seed_everything(config.seed, workers=True, verbose=False)
 
 
-def _make_module(config: "DictConfig") -> "GenerativeModule":
-    """The method with its networks; refused before they are made where it cannot train so, or weights are missing."""
-    from jobs.run.folder import build_module, use_cache
+def _plan_module(config: "DictConfig") -> "GenerativeModule":
+    """The method before it has networks; refused where it cannot train so, or weights are missing."""
+    from jobs.run.folder import build_module
 
     module = build_module(config)
     check_support(config, module)
     for weights in module.required_weights():
         weights.require()
-    module.gradient_clip_norm = config.train.gradient_clip_norm
+    module.gradient_clip_norm = config.train.gradient_clip_norm or None
+    return module
+
+
+def _make_networks(config: "DictConfig", module: "GenerativeModule") -> None:
+    """Fill in the networks; weights that learn from nothing are fixed by the seed."""
+    import lightning as L
+
+    from jobs.run.folder import use_cache
+
+    L.seed_everything(config.seed, workers=True, verbose=False)
     use_cache(config, module)
     module.configure_model()
-    return module
+
+
+def _announce(
+    config: "DictConfig", module: "GenerativeModule", data: "ImageDataModule", counts: dict[str, int]
+) -> None:
+    """Say what is about to be done; refused where nothing would choose the best checkpoint."""
+    from jobs.run.checks import check_monitor
+    from jobs.run.summary import print_summary, try_picture
+    from jobs.tracking.server import ui_command
+    from lightning_modules.base import GenerativeModule
+
+    trial = try_picture(module, data)
+    steps_by_itself = type(module).learn is not GenerativeModule.learn  # and names what it has done as it likes
+    check_monitor(config, trial.losses, any_of_training=steps_by_itself)
+    print_summary(config, module, trial, counts)
+    click.echo(f"MLflow: {ui_command(config.tracking.uri, config.tracking.experiment)}")
 
 
 def _make_callbacks(config: "DictConfig", request: "StopRequest") -> "tuple[Evaluation, Preemption]":
@@ -182,6 +212,18 @@ def _ending(tracker: "RunTracker") -> Iterator[None]:
         raise
 
 
+@contextmanager
+def _without_orphans(trainer: "Trainer", request: "StopRequest") -> Iterator[None]:
+    """End the processes that Lightning has started with this one where Ctrl-C ends it before they train together."""
+    try:
+        yield
+    except SystemExit:
+        launcher = trainer.strategy.launcher
+        if request.interrupted and not request.training and launcher is not None:
+            launcher.kill(signal.SIGINT)
+        raise
+
+
 def _whole(module: "GenerativeModule", trainer: "Trainer", config: "DictConfig") -> "GenerativeModule":
     """A module that can hold all weights: this process's own holds a part of them where the strategy shards them."""
     from jobs.run.folder import build_module
@@ -205,9 +247,11 @@ def _export(module: "GenerativeModule", run_dir: Path, tracker: "RunTracker") ->
 
 
 def check_support(config: "DictConfig", module: "GenerativeModule") -> None:
-    """Raises UserError where the method does not train with the configured strategy or accumulation."""
-    from jobs.run.config import accumulation
+    """Raises UserError where the method does not train with the configured strategy or accumulation, or the run logs
+    nothing by the name that chooses its best checkpoint."""
+    from jobs.run.checks import accumulation, check_monitor
 
+    check_monitor(config)
     strategy = config.hardware.strategy
     if strategy not in module.supports.strategies:
         known = ", ".join(sorted(module.supports.strategies))
@@ -228,13 +272,15 @@ def _build_trainer(
     tracker: "RunTracker",
 ) -> "Trainer":
     import lightning as L
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.callbacks import LearningRateMonitor
 
     from callbacks.checkpoint import build_checkpoints
     from callbacks.class_pictures import ClassPictures
     from callbacks.ema import EMA
     from callbacks.progress import RunProgress, Throughput
-    from jobs.run.config import accumulation, instantiate
+    from jobs.run.checks import accumulation
+    from jobs.run.config import instantiate
     from jobs.run.strategies import trainer_options
 
     train, hardware = config.train, config.hardware
@@ -247,22 +293,26 @@ def _build_trainer(
     callbacks.append(preemption)
     by_steps = train.validate_every_steps is not None
     micro_batches = accumulation(config)
-    return L.Trainer(
-        **trainer_options(hardware, _plugins(), find_unused=not module.uses_all_weights),
-        max_steps=train.max_steps or -1,
-        max_epochs=train.max_epochs if train.max_epochs else -1,
-        accumulate_grad_batches=micro_batches,
-        gradient_clip_val=train.gradient_clip_norm if module.automatic_optimization else None,
-        val_check_interval=train.validate_every_steps * micro_batches if by_steps else 1.0,
-        check_val_every_n_epoch=None if by_steps else train.validate_every_epochs,
-        log_every_n_steps=train.log_every_steps,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,  # the DataModules deal the samples out themselves
-        callbacks=callbacks,
-        logger=tracker,
-        enable_model_summary=False,
-        default_root_dir=config.run_dir,
-    )
+    options = trainer_options(hardware, _plugins(), find_unused=not module.uses_all_weights)
+    options |= {
+        "max_steps": train.max_steps or -1,
+        "max_epochs": train.max_epochs if train.max_epochs else -1,
+        "accumulate_grad_batches": micro_batches,
+        "gradient_clip_val": module.gradient_clip_norm if module.automatic_optimization else None,
+        "val_check_interval": train.validate_every_steps * micro_batches if by_steps else 1.0,
+        "check_val_every_n_epoch": None if by_steps else train.validate_every_epochs,
+        "log_every_n_steps": train.log_every_steps,
+        "num_sanity_val_steps": 0,
+        "use_distributed_sampler": False,  # the DataModules deal the samples out themselves
+        "callbacks": callbacks,
+        "logger": tracker,
+        "enable_model_summary": False,
+        "default_root_dir": config.run_dir,
+    }
+    try:
+        return L.Trainer(**options)
+    except (MisconfigurationException, ValueError) as error:
+        raise UserError(f"hardware: {str(error).strip().splitlines()[0]}") from None
 
 
 def _plugins() -> list[Any]:

@@ -4,7 +4,7 @@ Zhang et al. 2023, "Adding conditional control to text-to-image diffusion models
 diffusion model for X-ray segmentation data generation".
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from lightning_modules.parts.image_prompt import ImagePrompt, load_image_encoder
 from lightning_modules.parts.perceptual import PerceptualLoss, vgg_source
 from lightning_modules.parts.weights import RANDOM, Weights
 from medsynth.errors import UserError
+from medsynth.ranges import number, numbers
 
 _ENCODER, _PERCEPTUAL = "model.image_encoder", "model.perceptual_weights"
 _TERMS = ("adversarial", "feature_matching", "perceptual")
@@ -32,27 +33,27 @@ _TERMS = ("adversarial", "feature_matching", "perceptual")
 class ControlNetConfig(DenoisingConfig):
     """What steers, and what the steering networks learn by."""
 
-    controls: dict[str, float] = field(default_factory=dict)
+    controls: dict[str, float] = numbers({}, count=(0, None), least=0)
     """Weight of each control in data.controls, in that order: canny, depth, mask (each has a ControlNet, whose
     residuals are multiplied by it) and picture (tokens beside the text's, likewise); 0 leaves one out."""
-    conditioning_widths: list[int] = field(default_factory=lambda: [16, 32, 96, 256])
+    conditioning_widths: list[int] = numbers([16, 32, 96, 256], least=1)
     """Channels of the encoder that brings a control to the latents' size: as many as levels of the autoencoder."""
     image_encoder: str = "openai/clip-vit-large-patch14"
     """CLIP that embeds the control `picture`: hub id, local folder, or "random"."""
-    picture_tokens: int = 4
+    picture_tokens: int = number(4, least=1)
     """Tokens that the embedding becomes."""
-    adversarial_weight: float = 0.0
+    adversarial_weight: float = number(0.0, least=0)
     """Weight of a patch discriminator's verdict on the predicted picture."""
-    feature_matching_weight: float = 0.0
+    feature_matching_weight: float = number(0.0, least=0)
     """Weight of the difference to the real picture in the discriminator's features."""
-    perceptual_weight: float = 0.0
+    perceptual_weight: float = number(0.0, least=0)
     """Weight of LPIPS (VGG-16) between predicted and real picture."""
     perceptual_weights: str = "torchvision"
     """VGG-16 for LPIPS: torchvision's ImageNet weights, a local file of them, or "random"."""
-    auxiliary_below: int = 200
+    auxiliary_below: int = number(200, least=1)
     """Time steps below which these three terms see a sample. With more noise the best prediction is a mean of many
     pictures, a blur, which no model could help; at 200 of Stable Diffusion's 1000 signal to noise is 3."""
-    discriminator_widths: list[int] = field(default_factory=lambda: [64, 128, 256, 512])
+    discriminator_widths: list[int] = numbers([64, 128, 256, 512], count=(2, None), least=16)
     """Channels of the discriminator's layers."""
 
     def __post_init__(self):
@@ -60,17 +61,11 @@ class ControlNetConfig(DenoisingConfig):
         for name in self.controls:
             if name not in CONTROL_CHANNELS:
                 raise UserError(f"model.controls: {name} is not one of {', '.join(CONTROL_CHANNELS)}")
-        if min(self.controls.values(), default=0) < 0 or not any(self.controls.values()):
-            raise UserError(f"model.controls={self.controls}: give at least one a weight above 0, and none one below")
-        for term in _TERMS:
-            if self.term_weight(term) < 0:
-                raise UserError(f"model.{term}_weight={self.term_weight(term)}: must not be negative")
-        for key in ("picture_tokens", "auxiliary_below"):
-            if getattr(self, key) < 1:
-                raise UserError(f"model.{key}={getattr(self, key)}: must be at least 1")
+        if not any(self.controls.values()):
+            raise UserError(f"model.controls={self.controls}: give at least one a weight above 0")
         widths = self.discriminator_widths
-        if len(widths) < 2 or any(width < 16 or width % 16 for width in widths):
-            raise UserError(f"model.discriminator_widths={widths}: give at least two multiples of 16")
+        if any(width % 16 for width in widths):
+            raise UserError(f"model.discriminator_widths={widths}: give multiples of 16")
 
     def term_weight(self, term: str) -> float:
         """Weight of the auxiliary term of that name."""

@@ -12,23 +12,18 @@ from torch import Tensor
 
 from datamodules.batches import ImageBatch
 from lightning_modules.families.fine_tuning import FineTuning, FineTuningConfig
-from medsynth.errors import UserError
+from medsynth.ranges import number
 
 
 @dataclass(frozen=True)
 class DreamBoothConfig(FineTuningConfig):
     """How much the prior weighs."""
 
-    class_pictures: int = 0
+    class_pictures: int = number(0, least=0)
     """Class pictures that training sees, those of a class; data.class_pictures says how many. 0: no prior, and all
     pictures weigh alike."""
-    prior_weight: float = 1.0
+    prior_weight: float = number(1.0, least=0)
     """Weight λ of the loss on class pictures."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.prior_weight < 0:
-            raise UserError(f"model.prior_weight={self.prior_weight}: must not be negative")
 
 
 class DreamBooth(FineTuning):

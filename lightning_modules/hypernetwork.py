@@ -1,7 +1,7 @@
 """A hypernetwork on Stable Diffusion (Berezsky et al. 2024, section 8.2), as the Stable Diffusion web UI trains it."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from lightning_modules.families.latent_diffusion import Context
 from lightning_modules.families.stable_diffusion import Denoising, DenoisingConfig
 from lightning_modules.nets.hypernetwork import ACTIVATIONS, INITIALISATIONS, Hypernetwork, context_widths
 from medsynth.errors import UserError
+from medsynth.ranges import choice, number, numbers
 
 WEIGHTS_FILE, CONFIG_FILE = "hypernetwork.safetensors", "config.json"
 _SHAPE = ("structure", "activation", "activate_output", "layer_norm", "dropout", "initialisation")
@@ -24,39 +25,36 @@ _SHAPE = ("structure", "activation", "activate_output", "layer_norm", "dropout",
 class HypernetworkConfig(DenoisingConfig):
     """What is put on the U-Net. Defaults: the paper, and the web UI where the paper is silent."""
 
-    widths: list[int] = field(default_factory=lambda: [768, 1024, 320, 640, 1280])
+    widths: list[int] = numbers([768, 1024, 320, 640, 1280], least=1)
     """Widths of context that get a pair of networks, for keys and for values; those that the U-Net has not are left
     out."""
-    structure: list[float] = field(default_factory=lambda: [1, 2, 1])
+    structure: list[float] = numbers([1, 2, 1], count=(2, None), above=0)
     """Sizes of a network's layers, input and output among them, in multiples of the width; 1 at both ends."""
-    activation: str = "linear"
+    activation: str = choice("linear", tuple(ACTIVATIONS))
     """Between the layers: linear (none), relu, leakyrelu, elu, swish, tanh, sigmoid, gelu, silu or mish."""
     activate_output: bool = False
     """The activation after the last layer too."""
     layer_norm: bool = False
     """Layer norm after each layer."""
-    dropout: list[float] = field(default_factory=list)
+    dropout: list[float] = numbers([], count=(0, None), least=0, below=1)
     """Dropout after each size of `structure`, for instance [0, 0.3, 0, 0] with [1, 2, 2, 1]; 0 at both ends; empty:
     none."""
-    initialisation: str = "normal"
+    initialisation: str = choice("normal", tuple(INITIALISATIONS))
     """Weights at the start: normal (standard deviation 0.01), xavier_normal, xavier_uniform, kaiming_normal or
     kaiming_uniform; biases are 0."""
-    multiplier: float = 1.0
+    multiplier: float = number(1.0, least=0)
     """Strength in sampling: context + multiplier · f(context). Training has 1."""
 
     def __post_init__(self):
         super().__post_init__()
-        for key, known in (("activation", ACTIVATIONS), ("initialisation", INITIALISATIONS)):
-            if getattr(self, key) not in known:
-                raise UserError(f"model.{key}={getattr(self, key)} is not known; use one of {', '.join(known)}")
         structure, dropout = self.structure, self.dropout
-        if len(structure) < 2 or structure[0] != 1 or structure[-1] != 1 or min(structure) <= 0:
+        if structure[0] != 1 or structure[-1] != 1:
             raise UserError(f"model.structure={structure}: must begin and end with 1, for instance [1, 2, 1]")
         if small := [width for width in self.widths if width * min(structure) < 1]:
             raise UserError(f"model.structure={structure}: a layer of width {small[0]} would be empty")
         if not dropout:
             return
-        if len(dropout) != len(structure) or dropout[0] or dropout[-1] or not all(0 <= p < 1 for p in dropout):
+        if len(dropout) != len(structure) or dropout[0] or dropout[-1]:
             raise UserError(
                 f"model.dropout={dropout}: give {len(structure)} probabilities below 1, one for each size of "
                 "model.structure, 0 for the first and the last"

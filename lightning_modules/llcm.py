@@ -19,6 +19,7 @@ from lightning_modules.maths.diffusion import SampleRandom, add_noise, guide, to
 from lightning_modules.maths.solvers import SOLVERS, boundary_scalings, guidance_embedding, huber, leapfrog_step
 from lightning_modules.parts.optim import OptimConfig
 from medsynth.errors import UserError
+from medsynth.ranges import choice, number
 
 
 @dataclass(frozen=True)
@@ -31,34 +32,39 @@ class LLCMConfig(StableDiffusionBaseConfig):
     """The reverse process; guidance is an input of the network and costs nothing."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(name="adam", lr=8e-6, weight_decay=0.0))
     """Optimizer."""
-    solver: str = "leapfrog"
+    solver: str = choice("leapfrog", tuple(SOLVERS))
     """The teacher's step: leapfrog (as published), ddim, or midpoint (second order, one more evaluation)."""
-    leapfrog_h: float = 0.5
+    leapfrog_h: float = number(0.5, above=0)
     """Step length h of the leapfrog solver; at 0.5, the paper's, its step is DDIM's."""
-    solver_steps: int = 50
+    solver_steps: int = number(50, least=1)
     """Steps the teacher would take from noise to picture; k = noise.steps / solver_steps is skipped at once."""
-    guidance_min: float = 6.0
+    guidance_min: float = number(6.0, least=0)
     """Least guidance that is distilled, as u + g·(c - u); the paper's ω is g - 1."""
-    guidance_max: float = 16.0
+    guidance_max: float = number(16.0, least=0)
     """Greatest guidance that is distilled."""
-    guidance_dim: int = 256
+    guidance_dim: int = number(256, least=4)
     """Width of the guidance embedding."""
-    huber_c: float = 0.001
+    huber_c: float = number(0.001, above=0)
     """Where the distance of two latents turns from square to linear."""
-    target_decay: float = 0.95
+    target_decay: float = number(0.95, least=0, below=1)
     """Share of the old average in each update of the target network."""
 
     def __post_init__(self):
-        if self.solver not in SOLVERS:
-            raise UserError(f"model.solver={self.solver} is not known; use one of {', '.join(SOLVERS)}")
+        super().__post_init__()
         if self.leapfrog_h != 0.5 and self.solver != "leapfrog":
             raise UserError(f"model.leapfrog_h={self.leapfrog_h}: the solver {self.solver} has no h; leave the key out")
         if self.sampler.name != "lcm":
             raise UserError(f"model.sampler.name={self.sampler.name}: a consistency model samples with lcm")
-        if not 1 <= self.solver_steps <= self.noise.steps or self.noise.steps % self.solver_steps:
+        if self.noise.steps % self.solver_steps:
             raise UserError(f"model.solver_steps={self.solver_steps} must divide model.noise.steps={self.noise.steps}")
-        if not 0 <= self.target_decay < 1:
-            raise UserError(f"model.target_decay={self.target_decay}: give a share in [0, 1)")
+        if self.guidance_min > self.guidance_max:
+            raise UserError(f"model.guidance_min={self.guidance_min}: must not exceed guidance_max={self.guidance_max}")
+        if self.guidance_dim % 2:
+            raise UserError(f"model.guidance_dim={self.guidance_dim}: must be even")
+
+    @property
+    def most_steps(self) -> int:
+        return self.solver_steps  # its scheduler skips along the teacher's
 
 
 class LLCM(StableDiffusionBase):

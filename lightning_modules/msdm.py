@@ -33,6 +33,7 @@ from lightning_modules.parts.optim import OptimConfig
 from lightning_modules.parts.text import TextEncoder, TextEncoderConfig
 from lightning_modules.parts.weights import RANDOM, Weights, made_here
 from medsynth.errors import UserError
+from medsynth.ranges import choice, number, numbers
 
 _TEXT = "model.text_encoder.source"
 
@@ -41,19 +42,19 @@ _TEXT = "model.text_encoder.source"
 class UNetConfig:
     """MSDM's denoiser. Defaults: full size, 326 M weights."""
 
-    widths: list[int] = field(default_factory=lambda: [256, 256, 512, 1024])
+    widths: list[int] = numbers([256, 256, 512, 1024], count=(2, None), least=1)
     """Channels: of the input convolution, then of each level."""
-    res_blocks: int = 2
+    res_blocks: int = number(2, least=1)
     """Residual blocks a level, each followed by cross-attention and feed-forward."""
-    heads: int = 8
+    heads: int = number(8, least=1)
     """Attention heads."""
-    pool_head_dim: int = 64
+    pool_head_dim: int = number(64, least=1)
     """Channels of each head that pools the text into the time embedding."""
-    time_dim: int = 1024
+    time_dim: int = number(1024, least=4)
     """Width of the time embedding and of the projected text."""
-    norm_groups: int = 32
+    norm_groups: int = number(32, least=1)
     """Groups of each group norm."""
-    dropout: float = 0.1
+    dropout: float = number(0.1, least=0, below=1)
     """Dropout in residual blocks and attention (paper, 5.1.4)."""
 
 
@@ -61,7 +62,7 @@ class UNetConfig:
 class MSDMConfig(LatentDiffusionConfig):
     """MSDM's second stage. Defaults: the paper, and the authors' code where the paper is silent."""
 
-    resolution: int = 256
+    resolution: int = number(256, least=1)
     """Side of the square pictures, pixels."""
     vae: str = "runs/msdm_vae/export/vae"
     """Folder of the first stage's export; "random" makes an untrained one of `codec`."""
@@ -73,20 +74,17 @@ class MSDMConfig(LatentDiffusionConfig):
     """Architecture of the denoiser."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """AdamW with torch's defaults at 1e-4 (paper, 5.1.1)."""
-    loss: str = "l1"
+    loss: str = choice("l1", ("l1", "l2"))
     """Distance of predicted and true noise: l1 (the authors' code) or l2."""
-    self_conditioning: float = 0.5
+    self_conditioning: float = number(0.5, least=0, most=1)
     """Share of samples that see the model's own first estimate of z_0; 0 builds the network without."""
     learned_variance: bool = False
     """Let the network also predict the reverse process's variance; then sample with ddpm."""
-    deep_supervision: int = 0
+    deep_supervision: int = number(0, least=0)
     """Lower resolutions at which the network also predicts the noise."""
 
     def __post_init__(self):
-        if self.loss not in ("l1", "l2"):
-            raise UserError(f"model.loss={self.loss} is not known; use l1 or l2")
-        if not 0 <= self.self_conditioning <= 1:
-            raise UserError(f"model.self_conditioning={self.self_conditioning} is a share: give 0 to 1")
+        super().__post_init__()
         if self.noise.zero_terminal_snr:
             raise UserError("model.noise.zero_terminal_snr: MSDM predicts the noise, which pure noise says nothing of")
 

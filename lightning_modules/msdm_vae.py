@@ -20,6 +20,7 @@ from lightning_modules.parts.optim import OptimConfig
 from lightning_modules.parts.perceptual import PerceptualLoss, vgg_source
 from lightning_modules.parts.weights import RANDOM, Weights
 from medsynth.errors import UserError
+from medsynth.ranges import choice, number, numbers
 
 
 @dataclass(frozen=True)
@@ -28,17 +29,17 @@ class LatentCodecConfig:
 
     quantised: bool = False
     """False: Gaussian latents. True: the VQ variant."""
-    latent_channels: int = 8
+    latent_channels: int = number(8, least=1)
     """Channels of the latent; the VQ variant uses 4."""
-    widths: list[int] = field(default_factory=lambda: [64, 128, 256, 512])
+    widths: list[int] = numbers([64, 128, 256, 512], least=1)
     """Channels of each level; each but the first halves the resolution."""
-    norm_groups: int = 8
+    norm_groups: int = number(8, least=1)
     """Groups of each group norm."""
-    deep_supervision: int = 1
+    deep_supervision: int = number(1, least=0)
     """Extra outputs at 1/2, 1/4 … of the resolution that also have to match the picture."""
-    codes: int = 8192
+    codes: int = number(8192, least=1)
     """Entries of the VQ variant's codebook."""
-    beta: float = 1.0
+    beta: float = number(1.0, least=0)
     """Weight of the VQ variant's commitment to its codes."""
 
 
@@ -46,28 +47,24 @@ class LatentCodecConfig:
 class MSDMVAEConfig:
     """MSDM's first stage. Defaults: the authors' code, full size."""
 
-    resolution: int = 256
+    resolution: int = number(256, least=1)
     """Side of the square pictures, pixels."""
     codec: LatentCodecConfig = field(default_factory=LatentCodecConfig)
     """Architecture."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(name="adam", lr=1e-4, weight_decay=0.0))
     """Optimizer."""
-    pixel_loss: str = "l2"
+    pixel_loss: str = choice("l2", ("l1", "l2"))
     """l2, or l1 as the VQ variant has it."""
-    perceptual_weight: float = 1.0
+    perceptual_weight: float = number(1.0, least=0)
     """Weight of LPIPS (VGG-16); 0 leaves it out and needs no weights."""
     perceptual_weights: str = "torchvision"
     """VGG-16 for LPIPS: torchvision's ImageNet weights, a local file of them, or "random"."""
-    ssim_weight: float = 1.0
+    ssim_weight: float = number(1.0, least=0)
     """Weight of 1 - SSIM; 0 leaves it out."""
-    kl_weight: float = 1e-6
+    kl_weight: float = number(1e-6, least=0)
     """Weight of the KL divergence summed over latents, against a reconstruction loss summed over pixels."""
-    codebook_weight: float = 1.0
+    codebook_weight: float = number(1.0, least=0)
     """Weight of the VQ variant's codebook loss."""
-
-    def __post_init__(self):
-        if self.pixel_loss not in ("l1", "l2"):
-            raise UserError(f"model.pixel_loss={self.pixel_loss} is not known; use l1 or l2")
 
 
 class LatentCodec(nn.Module):

@@ -172,7 +172,7 @@ def _draw_kernels(inputs: int, outputs: int, generator: torch.Generator) -> Tens
     return kernels.float()
 
 
-_EXTRACTORS = {"inception": InceptionExtractor, "random": RandomConvExtractor}
+EXTRACTORS = {"inception": InceptionExtractor, "random": RandomConvExtractor}
 
 
 def build_extractor(name: str, weights: str | None = None) -> FeatureExtractor:
@@ -184,7 +184,7 @@ def build_extractor(name: str, weights: str | None = None) -> FeatureExtractor:
     if name == "inception":
         return InceptionExtractor(weights)
     if name != "random":
-        nearest = difflib.get_close_matches(name, _EXTRACTORS, n=1, cutoff=0)[0]
+        nearest = difflib.get_close_matches(name, EXTRACTORS, n=1, cutoff=0)[0]
         raise UserError(f"There is no feature extractor {name!r}: did you mean {nearest!r}?")
     if weights is not None:
         raise UserError(

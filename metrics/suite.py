@@ -10,7 +10,17 @@ from metrics.inception_score import InceptionScore
 from metrics.kernel import kernel_distance
 from metrics.manifold import precision_recall
 
-_LEAST = 4  # pictures of a set: precision and recall look at the third nearest other
+LEAST = 4
+"""Pictures of a set that can be scored: precision and recall look at the third nearest other."""
+
+
+def score_names(extractor: str, has_logits: bool) -> list[str]:
+    """What `GenerationMetrics.compute` names its scores with an extractor of that name."""
+    published = extractor == "inception"
+    suffix = "" if published else f"_{extractor}"
+    fd, kd = ("fid", "kid") if published else (f"fd{suffix}", f"kd{suffix}")
+    names = [fd, kd, f"{kd}_std", f"precision{suffix}", f"recall{suffix}", f"f1{suffix}"]
+    return names + ([f"isc{suffix}", f"isc{suffix}_std"] if has_logits else [])
 
 
 class GenerationMetrics(nn.Module):
@@ -33,8 +43,8 @@ class GenerationMetrics(nn.Module):
         """
         super().__init__()
         for kind, number in (("real pictures", total_real), ("generated pictures", total_fake), ("banked", max_bank)):
-            if number < _LEAST:
-                raise UserError(f"Scores need at least {_LEAST} {kind}, not {number}")
+            if number < LEAST:
+                raise UserError(f"Scores need at least {LEAST} {kind}, not {number}")
         self.extractor = extractor
         self.real = FeatureStatistics(extractor.dim, total_real, max_bank)
         self.fake = FeatureStatistics(extractor.dim, total_fake, max_bank)
@@ -82,15 +92,11 @@ class GenerationMetrics(nn.Module):
         kernel, kernel_std = kernel_distance(real_features, fake["features"])
         precision, recall, f1 = precision_recall(real_features, fake["features"])
 
-        published = self.extractor.name == "inception"
-        suffix = "" if published else f"_{self.extractor.name}"
-        fd, kd = ("fid", "kid") if published else (f"fd{suffix}", f"kd{suffix}")
-        scores = {fd: distance, kd: kernel, f"{kd}_std": kernel_std}
-        scores |= {f"precision{suffix}": precision, f"recall{suffix}": recall, f"f1{suffix}": f1}
+        scores = [distance, kernel, kernel_std, precision, recall, f1]
         if self.inception_score is not None:
-            mean, std = self.inception_score.compute()
-            scores |= {f"isc{suffix}": mean.item(), f"isc{suffix}_std": std.item()}
-        return scores
+            scores += [score.item() for score in self.inception_score.compute()]
+        names = score_names(self.extractor.name, self.inception_score is not None)
+        return dict(zip(names, scores, strict=True))
 
     def reset_fake(self) -> None:
         """Forget the generated pictures; the real ones stay."""

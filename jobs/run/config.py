@@ -13,17 +13,14 @@ from typing import Any, Optional
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from jobs.run.checks import PRECISIONS, check_ranges, check_together
+from jobs.run.keys import places, text_keys, type_name
 from jobs.run.registry import data_class, known_data, known_method, load_class, method_class, nearest
+from jobs.run.sources import is_setting, read_file, read_setting
 from medsynth.errors import UserError
+from medsynth.ranges import choice, number
 
-PRECISIONS = {
-    "auto": ("32-true", "bf16-mixed", "16-mixed"),
-    "ddp": ("32-true", "bf16-mixed", "16-mixed"),
-    "fsdp": ("32-true", "bf16-mixed", "16-mixed"),
-    "deepspeed2": ("32-true", "bf16-mixed"),
-    "deepspeed3": ("32-true", "bf16-mixed"),
-}
-"""The strategies, and the precisions that each trains with; weights that learn are float32 in all of them."""
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 GPU_NODE = Path(__file__).parents[2] / "configs/hardware/a100x8.yaml"
 """What lies under the config of a run on a cluster that says nothing of its hardware."""
 
@@ -35,21 +32,21 @@ _SINGLE_KEYS = {"method", "run_dir", "seed"}  # at the top of a config; all else
 class TrainConfig:
     """How long and in which batches a run trains."""
 
-    global_batch_size: int = 32
+    global_batch_size: int = number(32, least=1)
     """Samples an optimizer step, over all processes; micro-batches to accumulate follow from it."""
-    device_batch_size: int = 32
+    device_batch_size: int = number(32, least=1)
     """Samples a process holds at once."""
-    max_steps: Optional[int] = None
+    max_steps: Optional[int] = number(None, least=1)
     """Optimizer steps; whichever of steps and epochs comes first ends the run."""
-    max_epochs: Optional[int] = None
+    max_epochs: Optional[int] = number(None, least=1)
     """Passes over the data."""
-    gradient_clip_norm: Optional[float] = None
-    """Longest gradient, L2 norm; longer ones are scaled down."""
-    validate_every_epochs: int = 1
+    gradient_clip_norm: Optional[float] = number(None, least=0)
+    """Longest gradient, L2 norm; longer ones are scaled down. null or 0: none is."""
+    validate_every_epochs: int = number(1, least=1)
     """Passes over the data from one validation to the next."""
-    validate_every_steps: Optional[int] = None
+    validate_every_steps: Optional[int] = number(None, least=1)
     """Optimizer steps from one validation to the next, instead of passes."""
-    log_every_steps: int = 50
+    log_every_steps: int = number(50, least=1)
     """Optimizer steps from one logged loss to the next."""
 
 
@@ -57,17 +54,17 @@ class TrainConfig:
 class HardwareConfig:
     """What a run trains on; configs/hardware/ sets nothing else."""
 
-    accelerator: str = "auto"
-    """cpu, gpu or auto."""
-    devices: int = 1
+    accelerator: str = choice("auto", ACCELERATORS)
+    """cpu, gpu (cuda, or mps on a Mac), or auto: a GPU if there is one."""
+    devices: int = number(1, least=1)
     """Processes a node, one a GPU."""
-    nodes: int = 1
+    nodes: int = number(1, least=1)
     """Machines."""
-    strategy: str = "auto"
+    strategy: str = choice("auto", tuple(PRECISIONS))
     """auto (one process), ddp, fsdp (FSDP2), deepspeed2 or deepspeed3 (ZeRO's stages)."""
-    precision: str = "32-true"
+    precision: str = choice("32-true", PRECISIONS["auto"])
     """Lightning's name: 32-true, bf16-mixed, 16-mixed."""
-    threads: Optional[int] = None
+    threads: Optional[int] = number(None, least=1)
     """CPU threads a process computes with; by default torch's choice."""
     compile: bool = False
     """torch.compile the networks: the first steps take minutes, the others are faster."""
@@ -81,7 +78,7 @@ class RunConfig:
     """Which method, by its name in jobs/run/registry.py."""
     run_dir: str = "???"
     """Folder of everything the run makes; the same folder again resumes the run."""
-    seed: int = 0
+    seed: int = number(0, least=0, most=2**32 - 1)
     """Fixes weights, split, order, augmentation and noise."""
     data: Any = "???"
     """The data set: `name`, and that DataModule's own keys."""
@@ -108,27 +105,29 @@ def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> D
 
     Raises:
         UserError: a file is missing or no YAML; a key is not known (the nearest is named); a value has the wrong type;
-            a required value is missing.
+            a required value is missing; a value is out of its range, or does not go with another.
     """
-    sources = [(str(file), _read(Path(file))) for file in files]
-    sources += [(override, _parse(override)) for override in overrides]
-    for name, source in sources:
+    sources = [(str(file), read_file(Path(file))) for file in files]
+    untyped = sources + [(override, read_setting(override)) for override in overrides]
+    for name, source in untyped:
         _check_sections(name, source)
-    config = _schema(*_names(_merge(*(source for _, source in sources))))
+    config = _schema(*_names(_merge(*(source for _, source in untyped))))
+    texts = text_keys(config)
+    sources += [(override, read_setting(override, texts)) for override in overrides]
     for name, source in sources:
         try:
             config = _merge(config, source)
         except (ConfigKeyError, ConfigAttributeError) as error:
             raise UserError(_unknown_key(name, error, config)) from None
         except OmegaConfBaseException as error:
-            raise UserError(f"{name}: {error.full_key or error}: {_first_line(error)}") from None
+            raise UserError(f"{name}: {_wrong_type(error, config)}") from None
     return _checked(config)
 
 
 def load_arguments(arguments: Sequence[str]) -> DictConfig:
     """`load_config` of a command line: config files, and settings, which hold a "="."""
-    files = [argument for argument in arguments if "=" not in argument]
-    return load_config(files, [argument for argument in arguments if "=" in argument])
+    files = [argument for argument in arguments if not is_setting(argument)]
+    return load_config(files, [argument for argument in arguments if is_setting(argument)])
 
 
 def load_for_nodes(arguments: Sequence[str], nodes: int | None = None, processes: int | None = None) -> DictConfig:
@@ -141,19 +140,24 @@ def load_for_nodes(arguments: Sequence[str], nodes: int | None = None, processes
         UserError: as `load_config`, and where the batch cannot be divided so.
     """
     over = [str(GPU_NODE), *arguments]
-    nodes = nodes or _given(arguments, "hardware.nodes") or 1
+    nodes = nodes or _given(arguments, "hardware.nodes")
+    nodes = 1 if nodes is None else nodes
     processes = processes or _given(arguments, "hardware.devices")
-    if processes is None:
+    if processes is None and nodes > 0:
         alone = load_arguments([*over, "hardware.nodes=1", "hardware.devices=1"])
         batches = alone.train.global_batch_size // alone.train.device_batch_size
         processes = next((most for most in (8, 4, 2) if batches % (most * nodes) == 0), 1)
-    return load_arguments([*over, f"hardware.nodes={nodes}", f"hardware.devices={processes}"])
+    return load_arguments([*over, f"hardware.nodes={nodes}", f"hardware.devices={processes or 1}"])
 
 
-def _given(arguments: Sequence[str], key: str) -> Any:
-    """What a command line says of a key, or None; the defaults say nothing."""
-    sources = (_parse(argument) if "=" in argument else _read(Path(argument)) for argument in arguments)
-    return OmegaConf.select(_merge(*sources), key)
+def _given(arguments: Sequence[str], key: str) -> int | None:
+    """The number that a command line gives a key, or None; the defaults say nothing."""
+    sources = (read_setting(argument) if is_setting(argument) else read_file(Path(argument)) for argument in arguments)
+    value = OmegaConf.select(_merge(*sources), key)
+    try:
+        return None if value is None else int(value)
+    except (TypeError, ValueError):
+        raise UserError(f"{key}={value}: must be a whole number") from None
 
 
 def _merge(*sources: DictConfig) -> DictConfig:
@@ -167,41 +171,9 @@ def instantiate(config: DictConfig, section: str) -> Any:
     return OmegaConf.to_object(config[section])
 
 
-def accumulation(config: DictConfig) -> int:
-    """Micro-batches an optimizer step; raises UserError where the global batch does not divide."""
-    train, hardware = config.train, config.hardware
-    at_once = train.device_batch_size * hardware.devices * hardware.nodes
-    if train.global_batch_size % at_once:
-        lower = max(1, train.global_batch_size // at_once) * at_once
-        raise UserError(
-            f"train.global_batch_size={train.global_batch_size} is no multiple of train.device_batch_size="
-            f"{train.device_batch_size} × {hardware.devices * hardware.nodes} processes; {lower} would be"
-        )
-    return train.global_batch_size // at_once
-
-
 def to_yaml(config: DictConfig) -> str:
     """The resolved config; running it again repeats the run."""
     return OmegaConf.to_yaml(config, resolve=True)
-
-
-def _read(path: Path) -> DictConfig:
-    try:
-        source = OmegaConf.load(path)
-    except FileNotFoundError:
-        raise UserError(f"there is no config file {path}") from None
-    except Exception as error:  # yaml's errors are many; all mean the same to the user
-        raise UserError(f"{path} is no YAML: {_first_line(error)}") from None
-    if not isinstance(source, DictConfig):
-        raise UserError(f"{path} holds no keys")
-    return source
-
-
-def _parse(override: str) -> DictConfig:
-    key, separator, _ = override.partition("=")
-    if not separator or not key:
-        raise UserError(f"{override}: a config file ends in .yaml, a setting is key=value")
-    return OmegaConf.from_dotlist([override])
 
 
 def _check_sections(source: str, settings: DictConfig) -> None:
@@ -255,6 +227,7 @@ def _checked(config: DictConfig) -> DictConfig:
         raise UserError(f"{missing[0]} is missing; give it in a config file or as {missing[0]}=VALUE")
     try:
         OmegaConf.resolve(config)
+        check_ranges(config)
         for field_ in fields(RunConfig):
             if OmegaConf.is_config(config[field_.name]):
                 instantiate(config, field_.name)
@@ -262,24 +235,18 @@ def _checked(config: DictConfig) -> DictConfig:
         raise
     except OmegaConfBaseException as error:
         raise UserError(_first_line(error)) from None
-    if config.train.max_steps is None and config.train.max_epochs is None:
-        raise UserError("the run has no end: give train.max_steps or train.max_epochs")
-    hardware = config.hardware
-    if hardware.devices * hardware.nodes > 1 and hardware.strategy == "auto":
-        raise UserError("more than one process needs hardware.strategy=ddp, fsdp, deepspeed2 or deepspeed3")
-    if hardware.precision not in PRECISIONS.get(hardware.strategy, ()):
-        known = "; ".join(f"{name} with {', '.join(precisions)}" for name, precisions in PRECISIONS.items())
-        raise UserError(
-            f"hardware.strategy={hardware.strategy} hardware.precision={hardware.precision}: there are {known}"
-        )
-    if hardware.compile and hardware.strategy.startswith("deepspeed"):
-        raise UserError(f"hardware.compile: not with hardware.strategy={hardware.strategy}; take ddp or fsdp")
-    for key in sorted(config.model.keys() & config.data.keys()):
-        ours, theirs = config.model[key], config.data[key]
-        if not OmegaConf.is_config(ours) and ours != theirs:
-            raise UserError(f"model.{key}={ours} and data.{key}={theirs} must be the same")
-    accumulation(config)
+    check_together(config)
+    config.run_dir = str(Path(config.run_dir).expanduser())
     return config
+
+
+def _wrong_type(error: OmegaConfBaseException, config: DictConfig) -> str:
+    key = str(error.full_key).partition("[")[0]
+    for place in places(config):
+        if key == place.name or key.startswith(f"{place.name}."):
+            allowed = f", {place.range}" if place.range else ""
+            return f"{place.name} takes {type_name(place.field.type)}{allowed}"
+    return f"{error.full_key or error}: {_first_line(error)}"
 
 
 def _unknown_key(source: str, error: OmegaConfBaseException, config: DictConfig) -> str:

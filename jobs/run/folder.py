@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from rich.progress import Progress
 
 from callbacks.durable import DurableCheckpointIO, newest_verified
@@ -20,7 +20,8 @@ from callbacks.ema import load_ema_weights
 from datamodules.base import ImageDataModule
 from datamodules.cached import CachedLatents
 from datamodules.files.latents import Cache
-from jobs.run.config import accumulation, instantiate, load_config, to_yaml
+from jobs.run.checks import accumulation
+from jobs.run.config import instantiate, load_config, to_yaml
 from jobs.run.registry import data_class, method_class
 from lightning_modules.base import GenerativeModule
 from lightning_modules.families.latent_diffusion import LatentDiffusion
@@ -74,15 +75,13 @@ def write_config(config: DictConfig) -> None:
     """Write the resolved config into the run directory.
 
     Raises:
-        UserError: the directory holds a run of another method, model or seed.
+        UserError: the directory holds a run of another method, model or seed, or it cannot be written.
     """
+    refuse_another_run(config)
     run_dir = Path(config.run_dir)
-    path = run_dir / CONFIG_FILE
-    if path.is_file():
-        _refuse_another_run(config, load_config([path]), run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        write_whole(path, to_yaml(config))
+        write_whole(run_dir / CONFIG_FILE, to_yaml(config))
     except OSError as error:
         raise UserError(f"run_dir={run_dir} cannot be written: {error.strerror}") from None
 
@@ -155,7 +154,12 @@ def _open_cache(config: DictConfig, module: GenerativeModule) -> tuple[LatentDif
     return module, Cache(Path(config.data.latents))
 
 
-def _refuse_another_run(config: DictConfig, old: DictConfig | ListConfig, run_dir: Path) -> None:
+def refuse_another_run(config: DictConfig) -> None:
+    """Raise UserError where the run directory holds a run of another method, model or seed."""
+    run_dir = Path(config.run_dir)
+    if not (run_dir / CONFIG_FILE).is_file():
+        return
+    old = load_config([run_dir / CONFIG_FILE])
     resolved = OmegaConf.to_container(config, resolve=True)
     before = OmegaConf.to_container(old, resolve=True)  # loaded, so that keys which came later have their defaults
     assert isinstance(resolved, dict) and isinstance(before, dict), "a config is one of keys"

@@ -16,6 +16,22 @@ from callbacks.sharding import Held, Sharded, Slot
 from medsynth.errors import UserError
 
 
+def check_machine(hardware: Any) -> None:
+    """Raise UserError where this machine has not what a `HardwareConfig` asks for, or cannot compute so."""
+    kind, precision = hardware.accelerator, hardware.precision
+    gpus = torch.cuda.device_count() if kind in ("auto", "gpu", "cuda") and torch.cuda.is_available() else 0
+    apple = kind in ("auto", "gpu", "mps") and torch.backends.mps.is_available()
+    if kind not in ("auto", "cpu") and not gpus and not apple:
+        raise UserError(f"hardware.accelerator={kind}: torch finds none here; set it to cpu or auto")
+    if (gpus or apple) and hardware.devices > (gpus or 1):
+        raise UserError(f"hardware.devices={hardware.devices}: this machine has {gpus or 1}; set it to that or less")
+    if precision == "16-mixed" and not gpus and not apple:
+        raise UserError("hardware.precision=16-mixed: a CPU does not train so; set it to 32-true or bf16-mixed")
+    if precision == "bf16-mixed" and gpus and not torch.cuda.is_bf16_supported(including_emulation=False):
+        name = torch.cuda.get_device_name()
+        raise UserError(f"hardware.precision=bf16-mixed: {name} has no bfloat16; set it to 16-mixed or 32-true")
+
+
 def trainer_options(hardware: Any, plugins: list[Any], find_unused: bool = False) -> dict[str, Any]:
     """The Trainer's arguments for a `HardwareConfig`; `plugins` are the run's own.
 

@@ -1,6 +1,7 @@
 """What a run is about to do, before its first step."""
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from omegaconf import DictConfig
@@ -10,17 +11,22 @@ from torch import nn
 
 from datamodules.base import ImageDataModule
 from datamodules.batches import collate
-from jobs.run.config import accumulation
+from jobs.run.checks import accumulation
 from jobs.run.registry import METHODS
 from lightning_modules.base import GenerativeModule, count_parameters
 
 
-def print_summary(
-    config: DictConfig, module: GenerativeModule, data: ImageDataModule, facts: Mapping[str, object]
-) -> None:
+class Trial(NamedTuple):
+    """One picture through the losses: the bytes that autograd keeps for it, and the losses' names."""
+
+    activations: int
+    losses: list[str]
+
+
+def print_summary(config: DictConfig, module: GenerativeModule, trial: Trial, facts: Mapping[str, object]) -> None:
     """Print method, data, sizes and estimated memory. `facts` are the DataModule's counts."""
     trained, frozen = count_parameters(module)
-    memory = estimate_memory(module, data, config)
+    memory = estimate_memory(module, trial, config)
     train, hardware = config.train, config.hardware
     processes = hardware.devices * hardware.nodes
     table = Table(show_header=False, box=None, pad_edge=False)
@@ -40,7 +46,7 @@ def print_summary(
     Console().print(table, highlight=False)
 
 
-def estimate_memory(module: GenerativeModule, data: ImageDataModule, config: DictConfig) -> dict[str, int]:
+def estimate_memory(module: GenerativeModule, trial: Trial, config: DictConfig) -> dict[str, int]:
     """Bytes a process needs to train: weights, gradients, optimizer, average, and activations.
 
     Activations are measured: what autograd keeps for one picture, times the pictures a process holds at once.
@@ -61,11 +67,12 @@ def estimate_memory(module: GenerativeModule, data: ImageDataModule, config: Dic
         sizes["weights"] += part  # its optimizer steps on a copy
     if config.ema.decay:
         sizes["average"] = part
-    sizes["activations"] = _activations(module, data) * config.train.device_batch_size
+    sizes["activations"] = trial.activations * config.train.device_batch_size
     return sizes
 
 
-def _activations(module: GenerativeModule, data: ImageDataModule) -> int:
+def try_picture(module: GenerativeModule, data: ImageDataModule) -> Trial:
+    """Compute the losses of one validation picture; the module's state stays as it is."""
     parameters = {p.untyped_storage().data_ptr() for p in module.parameters()}
     storages: dict[int, int] = {}
 
@@ -78,10 +85,9 @@ def _activations(module: GenerativeModule, data: ImageDataModule) -> int:
     module.eval()  # running statistics must not see this picture
     batch = collate([data.validation_set()[0]])
     with torch.autograd.graph.saved_tensors_hooks(note, nn.Identity()):
-        loss = module.losses(batch)["loss"]
-    del loss
+        losses = module.losses(batch)
     module.train()
-    return sum(storages.values())
+    return Trial(sum(storages.values()), list(losses))
 
 
 def _gigabytes(size: int) -> str:

@@ -33,10 +33,12 @@ from jobs.tracking.server import (
     import_mlflow,
     public_uri,
     resolve_uri,
+    sqlite_path,
     valid_key,
 )
 from jobs.tracking.spool import Spool, milliseconds, read_run_id
 from medsynth.errors import UserError
+from medsynth.ranges import number
 
 _log = logging.getLogger(__name__)
 
@@ -54,7 +56,7 @@ class TrackingConfig:
     """MLflow experiment; made where it does not exist."""
     run_name: Optional[str] = None
     """The run's name in MLflow; null takes the name the job gives, else that of the run directory."""
-    timeout_seconds: float = 30.0
+    timeout_seconds: float = number(30.0, least=0)
     """How long the end of a run waits for an unreachable server, seconds."""
 
 
@@ -211,12 +213,15 @@ def send_pending(run_dir: str | Path, uri: str | None = None) -> int:
     spool = Spool(folder)
     known = spool.load("run.json")["tracking_uri"]
     uri = resolve_uri(uri or (None if ":***@" in known else known))  # a password is not stored: the environment has it
-    sender = Sender(spool, uri)
+    sender, file = Sender(spool, uri), sqlite_path(uri)
+    mend = "start the server and try again" if file is None else f"see to {file} and try again"
     try:
         sender.send()
+    except UserError as error:
+        raise UserError(f"{error}. The record of {run_dir} is kept, and sent when you try again then") from None
     except Exception as error:
         raise UserError(
             f"MLflow at {public_uri(uri)} cannot take the record of {run_dir}: {cause(error)}. "
-            "The record is kept; start the server and try again"
+            f"The record is kept; {mend}"
         ) from error
     return sender.sent

@@ -1,6 +1,7 @@
 """Sends the spool to MLflow, from a thread that training never waits for."""
 
 import logging
+import shlex
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from PIL import Image
 
 from jobs.tracking.server import cause, logged_images, mlflow_client, public_uri, sqlite_path, valid_key
 from jobs.tracking.spool import LANES, Spool
+from medsynth.errors import UserError
 
 if TYPE_CHECKING:  # importing MLflow costs seconds
     from mlflow import MlflowClient
@@ -63,7 +65,12 @@ class Sender:
         if self._client and recorded == {"run_id": self._run_id, **self._cursor}:
             return
         client = mlflow_client(self._uri)
-        run = self._known_run(client, identity.get("run_id")) or self._new_run(client, identity)
+        run = self._known_run(client, identity.get("run_id"))
+        if run is None:
+            run = self._new_run(client, identity)
+            if identity.get("run_id"):
+                message = "MLflow at %s no longer has run %s of %s: a new run is made and the whole record sent again."
+                _log.warning(message, public_uri(self._uri), identity["run_id"], self._spool.run_dir)
         self._run_id = run.info.run_id
         self._spool.save("run.json", identity | {"run_id": self._run_id})
         self._cursor = self._spool.cursor() if recorded.get("run_id") == self._run_id else dict.fromkeys(LANES, 0)
@@ -90,8 +97,6 @@ class Sender:
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
-        message = "MLflow at %s no longer has run %s of %s: a new run is made and the whole record sent again."
-        _log.warning(message, public_uri(self._uri), run_id, self._spool.run_dir)
         return None
 
     def _new_run(self, client: "MlflowClient", identity: Mapping[str, Any]) -> "Run":
@@ -103,11 +108,22 @@ class Sender:
         return client.create_run(experiment, identity["started"], tags, identity["run_name"])
 
     def _experiment(self, client: "MlflowClient", name: str) -> str:
-        """The experiment's id; makes it where there is none."""
+        """The experiment's id; makes it where there is none.
+
+        Raises:
+            UserError: it has been deleted; its name is taken nonetheless.
+        """
         from mlflow.exceptions import MlflowException
 
         if found := client.get_experiment_by_name(name):
-            return found.experiment_id
+            if found.lifecycle_stage == "active":
+                return found.experiment_id
+            uri = public_uri(self._uri)
+            mend = f"MLFLOW_TRACKING_URI={shlex.quote(uri)} mlflow experiments restore -x {found.experiment_id}"
+            raise UserError(
+                f"MLflow at {uri}: the experiment {name} has been deleted; restore it (`{mend}`), or train with "
+                "another name in tracking.experiment"
+            )
         # Beside an SQLite file lie its pictures too, not wherever the first process happened to run.
         database = sqlite_path(self._uri)
         location = (database.parent / "mlartifacts").as_uri() if database else None
@@ -261,6 +277,7 @@ class SenderThread(threading.Thread):
         self._sender, self._where = sender, where
         self._turn = threading.Condition()
         self._failures = 0
+        self._asked_for_help = False  # a failure was one that only the user can mend, and was said
         self._waited_for = False
 
     def run(self) -> None:
@@ -288,11 +305,15 @@ class SenderThread(threading.Thread):
             self._sender.send()
         except Exception as error:  # whatever it is, training must not see it
             self._failures += 1
-            if self._failures == 1:
+            if isinstance(error, UserError) and not self._asked_for_help:
+                self._asked_for_help = True
+                _log.warning("%s. Training goes on; its record is kept and sent then.", error)
+            elif self._failures == 1:
                 message = "MLflow at %s is away: %s. Training goes on; its record is kept and sent later."
                 _log.warning(message, self._where, cause(error))
             return min(2.0 ** min(self._failures, 10), self._AWAY)
         if self._failures:
+            self._asked_for_help = False
             _log.warning("MLflow at %s is back and has the whole record.", self._where)
         self._failures = 0
         return self._RULE

@@ -22,6 +22,7 @@ from lightning_modules.maths.diffusion import (
     zero_terminal_snr,
 )
 from medsynth.errors import UserError
+from medsynth.ranges import choice, number
 
 DIFFUSERS_SCHEDULES = {"scaled_linear": "scaled_linear", "linear": "linear", "cosine": "squaredcos_cap_v2"}
 """Diffusers' name of each noise schedule."""
@@ -39,20 +40,20 @@ SAMPLERS = {
 class NoiseConfig:
     """The forward process: how much noise each of its steps adds."""
 
-    schedule: str = "scaled_linear"
+    schedule: str = choice("scaled_linear", SCHEDULES)
     """How the betas grow: scaled_linear (linear in their square root), linear, or cosine (Nichol & Dhariwal 2021)."""
-    steps: int = 1000
+    steps: int = number(1000, least=1)
     """Time steps of the forward process."""
-    beta_start: float = 0.002
+    beta_start: float = number(0.002, above=0, below=1)
     """Variance added at the first step; cosine has its own."""
-    beta_end: float = 0.02
+    beta_end: float = number(0.02, above=0, below=1)
     """Variance added at the last step; cosine has its own."""
     zero_terminal_snr: bool = False
     """Rescale the betas so that the last step is pure noise (Lin et al. 2023); predict v or the sample then."""
 
     def __post_init__(self):
-        if self.schedule not in SCHEDULES:
-            raise UserError(f"model.noise.schedule={self.schedule} is not known; use one of {', '.join(SCHEDULES)}")
+        if self.beta_start > self.beta_end:
+            raise UserError(f"model.noise.beta_start={self.beta_start}: must not exceed beta_end={self.beta_end}")
 
     def betas(self) -> Tensor:
         """float32 (steps,): the variance that each step adds."""
@@ -64,16 +65,12 @@ class NoiseConfig:
 class SamplerConfig:
     """How pictures are drawn unless the caller says otherwise."""
 
-    name: str = "ddim"
+    name: str = choice("ddim", tuple(SAMPLERS))
     """ddpm, ddim, dpm++ (second-order multistep), or lcm for a consistency model; all from diffusers."""
-    steps: int = 150
+    steps: int = number(150, least=1)
     """Denoising steps."""
-    guidance: float = 4.5
+    guidance: float = number(4.5, least=0)
     """Classifier-free guidance u + g·(c - u); 1 is none."""
-
-    def __post_init__(self):
-        if self.name not in SAMPLERS:
-            raise UserError(f"model.sampler.name={self.name} is not known; use one of {', '.join(SAMPLERS)}")
 
 
 @dataclass(frozen=True)
@@ -84,6 +81,19 @@ class LatentDiffusionConfig:
     """The forward process."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     """The reverse process."""
+
+    def __post_init__(self):
+        self.require_steps("model.sampler.steps", self.sampler.steps)
+
+    @property
+    def most_steps(self) -> int:
+        """Denoising steps that the reverse process has room for."""
+        return self.noise.steps
+
+    def require_steps(self, key: str, steps: int) -> None:
+        """Raise UserError, which names `key`, unless the reverse process has room for that many steps."""
+        if not 1 <= steps <= self.most_steps:
+            raise UserError(f"{key}={steps}: pictures are drawn in 1 to {self.most_steps} steps here")
 
 
 class Context(NamedTuple):

@@ -38,6 +38,7 @@ from lightning_modules.parts.optim import OptimConfig
 from lightning_modules.parts.text import TextEncoder, TextEncoderConfig
 from lightning_modules.parts.weights import RANDOM, Weights
 from medsynth.errors import UserError
+from medsynth.ranges import choice, number
 
 KEY = "model.pretrained"
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -68,13 +69,13 @@ class StableDiffusionBaseConfig(LatentDiffusionConfig):
     """Hub id or local folder of a Stable Diffusion 1.x or 2.x pipeline in diffusers' layout; "random" makes one."""
     architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
     """Shape of random networks."""
-    resolution: int = 512
+    resolution: int = number(512, least=1)
     """Side of the square pictures, pixels."""
     noise: NoiseConfig = field(default_factory=lambda: NoiseConfig(beta_start=0.00085, beta_end=0.012))
     """The forward process; must be the one that the pretrained U-Net has learned, but for zero_terminal_snr."""
     sampler: SamplerConfig = field(default_factory=lambda: SamplerConfig(steps=50, guidance=7.5))
     """The reverse process."""
-    prompt_chunks: int = 1
+    prompt_chunks: int = number(1, least=1)
     """Windows of 75 words or word pieces that a prompt may fill; what goes beyond is cut with a warning."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, about a third more time."""
@@ -86,16 +87,12 @@ class StableDiffusionBaseConfig(LatentDiffusionConfig):
 class DenoisingConfig(StableDiffusionBaseConfig):
     """What methods that learn by the denoising loss add."""
 
-    prediction: Optional[str] = None
+    prediction: Optional[str] = choice(None, PREDICTIONS)
     """What the U-Net predicts: epsilon, v_prediction or sample; by default what the pretrained one has learned."""
-    min_snr_gamma: Optional[float] = None
+    min_snr_gamma: Optional[float] = number(None, above=0)
     """Clip the loss weight at this signal-to-noise ratio (Hang et al. 2023 use 5); none weighs all steps alike."""
-    noise_offset: float = 0.0
+    noise_offset: float = number(0.0, least=0)
     """Strength of noise that is constant over a channel: lets the model learn very dark and very bright pictures."""
-
-    def __post_init__(self):
-        if self.prediction not in (None, *PREDICTIONS):
-            raise UserError(f"model.prediction={self.prediction} is not known; use one of {', '.join(PREDICTIONS)}")
 
 
 class StableDiffusionBase(LatentDiffusion):

@@ -9,6 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from medsynth.errors import UserError
+from medsynth.ranges import choice, number
 
 KINDS = ("lora", "dora", "rslora")
 _NAME = "default"
@@ -18,24 +19,16 @@ _NAME = "default"
 class AdapterConfig:
     """A low-rank update W + s·B·A of chosen layers, whose own weights stay frozen."""
 
-    rank: int = 0
+    rank: int = number(0, least=0)
     """Rank of the update; 0 trains the network whole, without an adapter."""
-    alpha: Optional[float] = None
+    alpha: Optional[float] = number(None, above=0)
     """The update is scaled by alpha / rank (rslora: alpha / √rank); by default alpha = rank."""
     targets: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
     """Layers that get an update, by the end of their names."""
-    dropout: float = 0.0
+    dropout: float = number(0.0, least=0, below=1)
     """Probability that an element of an adapted layer's input is dropped on its way through the update."""
-    kind: str = "lora"
+    kind: str = choice("lora", KINDS)
     """lora (Hu et al. 2021), dora (Liu et al. 2024: direction and length apart), rslora (Kalajdzievski 2023)."""
-
-    def __post_init__(self):
-        if self.kind not in KINDS:
-            raise UserError(f"adapter kind={self.kind} is not known; use one of {', '.join(KINDS)}")
-        if self.rank < 0:
-            raise UserError(f"adapter rank={self.rank}: give a rank of at least 1, or 0 for no adapter")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"adapter dropout={self.dropout}: give a probability in [0, 1)")
 
 
 def attach(network: nn.Module, config: AdapterConfig, key: str) -> None:

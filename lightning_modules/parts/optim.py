@@ -1,12 +1,12 @@
 """Optimizer and learning-rate schedule from a config."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from diffusers.optimization import get_scheduler
 from torch import nn
 
-from medsynth.errors import UserError
+from medsynth.ranges import choice, number, numbers
 
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
 SCHEDULES = ("constant", "linear", "cosine", "polynomial")
@@ -16,28 +16,20 @@ SCHEDULES = ("constant", "linear", "cosine", "polynomial")
 class OptimConfig:
     """How the trainable weights are optimised."""
 
-    name: str = "adamw"
+    name: str = choice("adamw", tuple(OPTIMIZERS))
     """adamw or adam."""
-    lr: float = 1e-4
+    lr: float = number(1e-4, above=0)
     """Learning rate at its highest."""
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    betas: list[float] = numbers([0.9, 0.999], count=2, least=0, below=1)
     """Decay rates of the two moments."""
-    eps: float = 1e-8
+    eps: float = number(1e-8, above=0)
     """Added to the denominator."""
-    weight_decay: float = 0.01
+    weight_decay: float = number(0.01, least=0)
     """Decoupled (adamw) or L2 (adam) weight decay; biases and norms take part, as in torch's default."""
-    schedule: str = "constant"
+    schedule: str = choice("constant", SCHEDULES)
     """Learning rate over time: constant, linear, cosine, polynomial (diffusers' names), after the warm-up."""
-    warmup_steps: int = 0
+    warmup_steps: int = number(0, least=0)
     """Optimizer steps of linear warm-up from 0."""
-
-    def __post_init__(self):
-        if self.name not in OPTIMIZERS:
-            raise UserError(f"model.optim.name={self.name} is not known; use one of {', '.join(OPTIMIZERS)}")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise UserError(f"model.optim.betas={self.betas}: give two decay rates in [0, 1)")
-        if self.schedule not in SCHEDULES:
-            raise UserError(f"model.optim.schedule={self.schedule} is not known; use one of {', '.join(SCHEDULES)}")
 
 
 def configure_optimizers(config: OptimConfig, modules: dict[str, nn.Module], total_steps: int) -> dict:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_modules.parts.weights import RANDOM, Weights, made_here
 from medsynth.errors import UserError
+from medsynth.ranges import number
 
 # One thread tokenises a batch's few captions sooner than others wake up.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -22,18 +23,22 @@ class TextEncoderConfig:
 
     source: str = "openai/clip-vit-large-patch14"
     """Hub id or local folder in the hub's layout; "random" makes a small fixed one with a tokenizer of its own."""
-    max_tokens: int = 77
+    max_tokens: int = number(77, least=3)
     """Prompts are cut or padded to this many tokens, start and end tokens among them."""
-    chunks: int = 1
+    chunks: int = number(1, least=1)
     """Windows of max_tokens that a prompt may fill, each encoded by itself; what goes beyond is cut with a warning."""
-    width: int = 768
+    width: int = number(768, least=1)
     """Width of the embeddings; for a pretrained encoder its own must agree."""
-    layers: int = 12
+    layers: int = number(12, least=0)
     """Transformer layers of a random encoder."""
-    heads: int = 12
+    heads: int = number(12, least=1)
     """Attention heads of a random encoder."""
-    vocabulary: int = 49408
+    vocabulary: int = number(49408, least=1)
     """Rows of a random encoder's token table."""
+
+    def __post_init__(self):
+        if self.source == RANDOM and self.width % self.heads:
+            raise UserError(f"model.text_encoder.heads={self.heads}: must divide width={self.width}")
 
 
 class TextEncoder(nn.Module):

@@ -672,9 +672,3 @@ def test_of_two_processes_the_first_saves_and_decides(tmp_path):
     alone = Toy()
     fit(alone, EMA(EMAConfig()), checkpoint=tmp_path / "last.ckpt", max_epochs=3)
     assert batches(alone) == 6
-
-
-@pytest.mark.parametrize(("key", "value"), [("every_steps", 0), ("mode", "lowest")])
-def test_impossible_settings_are_refused(key, value):
-    with pytest.raises(UserError, match=f"checkpoint.{key}"):
-        CheckpointConfig(**{key: value})

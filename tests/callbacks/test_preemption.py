@@ -14,11 +14,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import callbacks.durable
+import jobs.run.folder
 from callbacks.checkpoint import LastCheckpoint
 from callbacks.durable import read_manifest
 from callbacks.ema import EMA
@@ -32,6 +34,7 @@ from callbacks.preemption import (
     PreemptionConfig,
     StopRequest,
 )
+from jobs import cli
 from jobs.run.config import load_config
 from jobs.tracking.server import mlflow_client
 from jobs.tracking.spool import read_run_id
@@ -108,7 +111,7 @@ def preempt(phantom: Path, *place) -> None:
         signal_at(patch, *place)
         with pytest.raises(Preempted) as left:
             train(configured(phantom, "run"))
-    assert left.value.code == 75
+    assert left.value.code == (130 if signal.SIGINT in place else 75)
 
 
 def check_like_undisturbed(run: Path, undisturbed: Path) -> None:
@@ -165,6 +168,7 @@ PLACES: dict[str, tuple] = {
     "in the last validation": (Preemption, "on_validation_start", 2),
     "while pictures are drawn": (Evaluation, "_load_reference", 1),
     "by SIGTERM": (EMA, "_update", 4, signal.SIGTERM),
+    "at the keyboard": (EMA, "_update", 4, signal.SIGINT),
     "by both signals at once": (EMA, "_update", 4, signal.SIGUSR1, signal.SIGTERM),
 }
 
@@ -437,6 +441,69 @@ def test_a_second_signal_ends_at_once(phantom, here):
     assert lines[1].startswith("medsynth: second signal, SIGTERM: leaving without saving")
 
 
+def test_a_second_ctrl_c_ends_at_once_however_soon_it_comes(here):
+    def work() -> None:
+        request = StopRequest(100)
+        with request.listening():
+            request.training = True
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.1)
+            time.sleep(60)  # a step that takes long
+
+    assert forked(work, seconds=20) == 130
+    lines = Path("log").read_text().splitlines()
+    assert lines[0] == "medsynth: SIGINT: saving at the end of this step, then leaving; once more ends it at once"
+    assert lines[1].startswith("medsynth: second signal, SIGINT: leaving without saving")
+    assert len(lines) == 2
+
+
+def test_ctrl_c_before_training_ends_at_once_and_leaves_nothing(phantom, here):
+    with pytest.MonkeyPatch.context() as patch:
+        signal_at(patch, jobs.run.folder, "build_data", 1, signal.SIGINT)
+        with pytest.raises(Preempted) as left:
+            train(configured(phantom, "run"))
+    assert left.value.code == 130
+    assert list(here.iterdir()) == []
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def agree(rank: int) -> None:
+    """Only the first process has heard Ctrl-C; all leave at one step, and alike."""
+    torch.distributed.init_process_group("gloo")
+    request = StopRequest(100)
+    preemption = Preemption(PreemptionConfig(), request, Path("run"), Path("last.ckpt"))
+    preemption._group = torch.distributed.new_group(backend="gloo")
+    assert not preemption._agree()
+    if rank == 0:
+        request._receive(signal.SIGINT)
+    assert not preemption._tell(), "what was told one step before"
+    assert preemption._tell()
+    assert request.exit_code == 130
+    if rank == 0:
+        request._deadline.cancel()
+    torch.distributed.destroy_process_group()
+
+
+def test_all_processes_leave_alike_where_one_hears_ctrl_c(here):
+    together(2, agree, log=here / "log")
+
+
+@pytest.mark.parametrize("imported", [True, False])
+def test_ctrl_c_ends_any_command_without_a_traceback(imported, here):
+    """Within the command, or while its module is still imported."""
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    def work() -> None:
+        sys.argv, sys.stderr = ["medsynth"], Path("said").open("w")  # noqa: SIM115
+        cli.run_command(click.Command("sample", callback=interrupt) if imported else interrupt, "medsynth")
+
+    assert forked(work) == 130
+    assert Path("said").read_text().split() == ["medsynth:", "interrupted"]
+
+
 def test_a_process_that_is_leaving_keeps_its_exit_code():
     """srun sends SIGTERM to all processes of a step once the first of them has left."""
     code = (
@@ -463,12 +530,7 @@ def test_children_leave_signals_to_their_parent():
         for pid in workers:
             os.kill(pid, signal.SIGUSR1)
             os.kill(pid, signal.SIGTERM)
+            os.kill(pid, signal.SIGINT)
         assert len(list(batches)) == 6
         assert not request.requested, "what came to a child is not the parent's"
     assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
-
-
-@pytest.mark.parametrize("settings", [{"grace_seconds": 0}, {"restarts": 0}])
-def test_one_clear_line_for_what_cannot_be(settings):
-    with pytest.raises(UserError, match=rf"preemption\.{next(iter(settings))}=0: give"):
-        PreemptionConfig(**settings)

@@ -46,7 +46,13 @@ def test_each_line_has_the_loss_of_its_batch(tmp_path, capsys):
 
 def test_losses_are_logged_at_every_log_every_steps_and_are_those_of_the_step(phantom, here):
     tiny = REPOSITORY / "configs/tiny/msdm.yaml"
-    settings = [f"data.root={phantom}", "train.max_steps=4", "train.device_batch_size=2", "evaluation.images=0"]
+    settings = [
+        f"data.root={phantom}",
+        "train.max_steps=4",
+        "train.device_batch_size=2",
+        "evaluation.images=0",
+        "checkpoint.monitor=val/loss",
+    ]
     histories = []
     for every in (1, 2):
         config = load_config([tiny], [*settings, f"run_dir=every-{every}", f"train.log_every_steps={every}"])

@@ -185,9 +185,3 @@ def test_fingerprint(layouts):
     assert hips(layouts["webdataset"]).fingerprint() == prints["webdataset"]
     assert hips(layouts["webdataset"], caption="{label}").fingerprint() != prints["webdataset"]
     assert hips(layouts["webdataset"], square="crop").fingerprint() != prints["webdataset"]
-
-
-def test_config_refuses_what_it_cannot_do():
-    for key, value in (("layout", "zip"), ("check", "some"), ("square", "stretch"), ("prompt_dropout", 2)):
-        with pytest.raises(UserError, match=rf"data\.{key}="):
-            CanineHipConfig(**{key: value})

@@ -550,26 +550,6 @@ def test_something_must_be_left_to_train_on(tmp_path):
         medvqa(tmp_path, validation_images=3).check()
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        {"square": "stretch"},
-        {"samples": "all"},
-        {"paraphrase_strategy": "some"},
-        {"on_bad": "stop"},
-        {"prompt_dropout": 1.5},
-        {"paraphrase_probability": -0.1},
-        {"brightness": -1.0},
-        {"validation_images": 0},
-        {"max_pixels": 10**9},
-        {"resolution": 0},
-    ],
-)
-def test_config_refuses_what_it_cannot_do(config):
-    with pytest.raises(UserError, match=rf"data\.{next(iter(config))}="):
-        MedVQAGIConfig(**config)
-
-
 def test_duplicates_and_unused_pictures_are_counted(tmp_path):
     lines = ["Filename;Prompt", "p0;x", "p0;x", "p0.png;x", "p1;x"]
     counts = medvqa(write_set(tmp_path, 4, lines=lines)).check()

@@ -117,11 +117,14 @@ def test_print_and_keys_start_nothing(here):
     ("settings", "said"),
     [
         (["data.root=no/such"], "data.root"),
-        (["evaluation.extractor=inception", "evaluation.weights=no/file.pth"], "no/file.pth"),
+        (
+            ["evaluation.extractor=inception", "evaluation.weights=no/file.pth", "checkpoint.monitor=eval/fid"],
+            "no/file.pth",
+        ),
         (["model.text_encoder.source=no/such-clip"], "medsynth prepare weights"),
         (["model.vae=runs/none"], "train the first stage"),
         (["data.latents=no/latents"], "medsynth encode"),
-        (["hardware.strategy=zero"], "deepspeed3 with"),
+        (["hardware.strategy=zero"], "use one of auto, ddp, fsdp, deepspeed2, deepspeed3"),
         (["data.validation_images=40"], "leaves none"),
     ],
 )

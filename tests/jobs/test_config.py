@@ -9,7 +9,8 @@ import pytest
 from click.testing import CliRunner
 from omegaconf import OmegaConf
 
-from jobs.run.config import accumulation, load_config, to_yaml
+from jobs.run.checks import accumulation
+from jobs.run.config import load_config, to_yaml
 from jobs.run.keys import Key, as_table
 from jobs.train import main
 from medsynth.errors import UserError
@@ -45,12 +46,12 @@ def test_the_resolved_yaml_repeats_the_run(tmp_path):
         ("data.resolutoin=8", "did you mean resolution?"),
         ("train.max_steps=many", "train.max_steps"),
         ("model.optim.name=sgdd", "use one of adamw, adam"),
-        ("model.loss=l3", "use l1 or l2"),
+        ("model.loss=l3", "use one of l1, l2"),
         ("method=msdn", "did you mean msdm?"),
         ("data.name=medvqa", "did you mean medvqa_gi?"),
-        ("evaluation.reference=some", "use train, val or all"),
-        ("model.self_conditioning=2", "give 0 to 1"),
-        ("data.prompt_dropout=1.5", "between 0 and 1"),
+        ("evaluation.reference=some", "use one of train, val, all"),
+        ("model.self_conditioning=2", "must be in [0, 1]"),
+        ("data.prompt_dropout=1.5", "must be in [0, 1]"),
         ("train.global_batch_size=5", "4 would be"),
         ("hardware.devices=2 ", "hardware.strategy=ddp"),
         ("configs/none.yml", "key=value"),
@@ -152,12 +153,12 @@ def test_everything_is_typed():
 
 def test_keys_are_printed_as_they_are():
     meaning = "What [x] stands for in [/a prompt]; see [bold]."
-    keys = [Key("data.word", "str", "[x]", meaning), Key("n", "int", 3, "Many.")]
+    keys = [Key("data.word", "str", "", "[x]", meaning), Key("n", "int", "≥ 1", 3, "Many.")]
     heading, word, n = as_table(keys, width=None)
-    assert word == f"data.word  str   [x]    {meaning}"
+    assert word == f"data.word  str          [x]    {meaning}"
     assert heading.index("meaning") == word.index("What") == n.index("Many.")
-    _, first, second, _ = as_table(keys, width=60)
-    assert first == "data.word  str   [x]    What [x] stands for in [/a prompt];"
+    _, first, second, _ = as_table(keys, width=67)
+    assert first == "data.word  str          [x]    What [x] stands for in [/a prompt];"
     assert second == " " * word.index("What") + "see [bold]."
     assert all(key.name in " ".join(as_table(keys, width=20)) for key in keys), "names are whole on any terminal"
 
@@ -170,4 +171,4 @@ def test_keys_are_listed_whole_to_a_pipe_and_to_programs():
     assert all(key["meaning"] in line for line, key in zip(table[1:], listed, strict=True))
     assert any("[" in key["meaning"] for key in listed)
     (steps,) = [key for key in listed if key["name"] == "train.max_steps"]
-    assert (steps["type"], steps["value"]) == ("Optional[int]", 2)
+    assert (steps["type"], steps["range"], steps["value"]) == ("Optional[int]", "≥ 1 or null", 2)

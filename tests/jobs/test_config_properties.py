@@ -20,6 +20,7 @@ from tests.conftest import REPOSITORY
 TINY = REPOSITORY / "configs/tiny/msdm.yaml"
 KEYS = describe(OmegaConf.to_object(load_config([TINY])))
 DEFAULTS = {key.name: key.value for key in KEYS}
+TYPES = {key.name: key.type for key in KEYS}
 # A load takes about a tenth of a second: few examples of many keys each.
 STABLE = settings(max_examples=30, deadline=None, derandomize=True)
 
@@ -29,7 +30,9 @@ CHOICES |= {"data.paraphrase_strategy", "model.sampler.name", "model.optim.name"
 CHOICES |= {"hardware.accelerator", "hardware.strategy", "hardware.precision", "checkpoint.mode", "checkpoint.on_error"}
 CHOICES |= {"model.noise.schedule", "model.noise.zero_terminal_snr", "evaluation.extractor", "evaluation.reference"}
 TIED = {"data.resolution", "model.resolution", "train.global_batch_size", "train.device_batch_size"}
-TIED |= {"hardware.devices", "hardware.nodes"}
+TIED |= {"hardware.devices", "hardware.nodes", "model.noise.beta_start", "model.noise.beta_end", "checkpoint.monitor"}
+TIED |= {"model.noise.steps", "model.sampler.steps", "evaluation.steps", "evaluation.images"}
+TIED |= {"model.text_encoder.width", "model.text_encoder.heads"}
 
 SHARES = st.floats(0, 1, exclude_min=True, exclude_max=True)  # every float key allows them
 COUNTS = st.integers(1, 10**6)  # likewise every whole number
@@ -68,8 +71,13 @@ def sources(draw) -> tuple[list[dict], list[tuple]]:
     """What 1 to 3 files say, and up to 4 settings behind them; they speak of the same keys."""
     keys = draw(st.lists(st.sampled_from(FREE), min_size=1, max_size=15, unique_by=lambda key: key.name))
     file = st.fixed_dictionaries({}, optional={key.name: values(key) for key in keys})
-    setting = st.sampled_from(keys).flatmap(lambda key: st.tuples(st.just(key.name), values(key)))
+    setting = st.sampled_from(keys).flatmap(lambda key: st.tuples(st.just(key.name), values(key).filter(typable)))
     return draw(st.lists(file, min_size=1, max_size=3)), draw(st.lists(setting, max_size=4))
+
+
+def typable(value) -> bool:
+    """Whether a setting can say it: behind KEY= null is none, and not the word."""
+    return value != "null"
 
 
 def write(path: Path, said: dict) -> Path:
@@ -86,7 +94,9 @@ def write(path: Path, said: dict) -> Path:
 
 
 def setting(name: str, value) -> str:
-    return f"{name}={json.dumps(value, ensure_ascii=False)}"
+    """As it is typed: text as it is, all else as YAML."""
+    text = isinstance(value, str) and TYPES.get(name) in ("str", "Optional[str]")
+    return f"{name}={value if text else json.dumps(value, ensure_ascii=False)}"
 
 
 @STABLE

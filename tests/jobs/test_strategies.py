@@ -13,7 +13,7 @@ from callbacks.durable import DurableCheckpointIO, read_manifest
 from datamodules.batches import Conditions
 from jobs.run.config import load_config
 from jobs.run.folder import build_data, build_module, load_run
-from jobs.run.summary import estimate_memory
+from jobs.run.summary import estimate_memory, try_picture
 from jobs.train import train
 from lightning_modules.base import count_parameters
 from medsynth.errors import UserError
@@ -42,6 +42,7 @@ BRIEF = [
     "train.validate_every_steps=2",
     "data.validation_images=1",
     "evaluation.images=0",
+    "checkpoint.monitor=val/loss",
     "evaluation.grid=0",
     "checkpoint.monitor=val/loss",
     "ema.decay=0.9",
@@ -193,7 +194,8 @@ def test_the_estimated_memory_is_shared_among_the_processes(phantom):
         config = load_config([TINY], [f"data.root={phantom}", *settings])
         module = build_module(config)
         module.configure_model()
-        return estimate_memory(module, build_data(config, module)[0], config), count_parameters(module)
+        trial = try_picture(module, build_data(config, module)[0])
+        return estimate_memory(module, trial, config), count_parameters(module)
 
     whole, (trained, frozen) = estimated("auto", 1)
     assert whole["weights"] == 4 * (trained + frozen)

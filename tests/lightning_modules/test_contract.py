@@ -130,7 +130,13 @@ def test_the_average_and_the_checkpoint_hold_the_trained_weights_only(method, ph
 @METHOD
 def test_a_resumed_run_equals_the_undisturbed_one(method, phantoms, here):
     """Weights, average and everything else, bit for bit."""
-    settings = ["train.max_steps=4", "train.validate_every_steps=4", "evaluation.images=0", "evaluation.grid=0"]
+    settings = [
+        "train.max_steps=4",
+        "train.validate_every_steps=4",
+        "evaluation.images=0",
+        "checkpoint.monitor=val/loss",
+        "evaluation.grid=0",
+    ]
     train(tiny(method, phantoms, "run_dir=whole", *settings))
     train(tiny(method, phantoms, "run_dir=halves", *settings, "train.max_steps=2"))
     trainer = train(tiny(method, phantoms, "run_dir=halves", *settings))

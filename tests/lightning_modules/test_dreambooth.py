@@ -123,11 +123,6 @@ def test_without_a_prior_the_loss_is_the_plain_one():
         assert torch.equal(module.losses(rows)["loss"], plain.losses(rows)["loss"])
 
 
-def test_a_negative_prior_weight_is_refused():
-    with pytest.raises(UserError, match="model.prior_weight=-1.0: must not be negative"):
-        configured(Path("nowhere"), "model.prior_weight=-1")
-
-
 # Class pictures
 
 

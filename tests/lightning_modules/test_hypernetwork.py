@@ -405,17 +405,12 @@ def test_widths_that_the_unet_has_not_are_refused_when_none_is_left():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"activation": "sine"}, "model.activation=sine is not known; use one of linear, relu"),
-        ({"initialisation": "ones"}, "model.initialisation=ones is not known; use one of normal"),
         ({"structure": [1, 2]}, "must begin and end with 1"),
-        ({"structure": [1]}, "must begin and end with 1"),
         ({"structure": [2, 1]}, "must begin and end with 1"),
-        ({"structure": [1, 0, 1]}, "must begin and end with 1"),
         ({"structure": [1, 0.001, 1]}, "a layer of width 768 would be empty"),
         ({"dropout": [0, 0.3]}, "give 3 probabilities below 1"),
         ({"dropout": [0, 0.3, 0.3]}, "0 for the first and the last"),
         ({"dropout": [0.3, 0.3, 0]}, "0 for the first and the last"),
-        ({"dropout": [0, 1.0, 0]}, "give 3 probabilities below 1"),
     ],
 )
 def test_mistakes_in_the_config(settings, message):
@@ -437,7 +432,7 @@ def test_two_passes_over_blood_cells(here):
             "data.validation_images=219", "data.balance=false", "run_dir=run", "train.max_steps=null",
             "train.max_epochs=2", "train.validate_every_steps=null", "train.global_batch_size=8",
             "train.device_batch_size=8", "model.optim.lr=0.02", "train.gradient_clip_norm=1.0",
-            "evaluation.images=0", "ema.decay=0",
+            "evaluation.images=0", "checkpoint.monitor=val/loss", "ema.decay=0",
         ],
     )  # fmt: skip
     torch.manual_seed(0)

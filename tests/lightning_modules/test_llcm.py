@@ -141,7 +141,13 @@ def test_leapfrog_with_another_h_is_another_step(folders):
 
 def test_the_target_is_the_student_s_average_and_nothing_else_moves(phantoms, here):
     settings = [f"data.root={phantoms['canine_hip']}", "run_dir=run", "model.target_decay=0.9", "model.optim.lr=0.01"]
-    settings += ["train.max_steps=3", "ema.decay=0", "evaluation.images=0", "evaluation.grid=0"]
+    settings += [
+        "train.max_steps=3",
+        "ema.decay=0",
+        "evaluation.images=0",
+        "checkpoint.monitor=val/loss",
+        "evaluation.grid=0",
+    ]
     students: list[dict[str, Tensor]] = []
     step = LLCM.optimizer_step
 
@@ -165,7 +171,12 @@ def test_the_target_is_the_student_s_average_and_nothing_else_moves(phantoms, he
 
 def test_accumulated_micro_batches_average_once(phantoms, here):
     calls = []
-    settings = [f"data.root={phantoms['canine_hip']}", "run_dir=run", "evaluation.images=0"]
+    settings = [
+        f"data.root={phantoms['canine_hip']}",
+        "run_dir=run",
+        "evaluation.images=0",
+        "checkpoint.monitor=val/loss",
+    ]
     step = LLCM.optimizer_step
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LLCM, "optimizer_step", lambda self, *a, **k: (calls.append(1), step(self, *a, **k))[1])
@@ -189,7 +200,7 @@ def test_mixed_precision_keeps_the_average_whole(phantoms, here):
         (["model.solver=ddim", "model.leapfrog_h=0.6"], "the solver ddim has no h"),
         (["model.sampler.name=ddim"], "a consistency model samples with lcm"),
         (["model.solver_steps=30"], "must divide model.noise.steps=1000"),
-        (["model.target_decay=1.0"], r"give a share in \[0, 1\)"),
+        (["model.target_decay=1.0"], r"model.target_decay=1.0: must be in \[0, 1\)"),
     ],
 )
 def test_one_clear_line_for_what_cannot_be(folders, settings, message):
