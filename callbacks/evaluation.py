@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from callbacks.lightning_types import data_of, generative, loggers_of
 from callbacks.samples import draw_grid
-from datamodules.base import SizedDataset
+from datamodules.base import REFERENCE_READING, SizedDataset
 from datamodules.batches import collate
 from datamodules.stream import EvaluationSampler, derive_seed
 from lightning_modules.base import GenerativeModule
@@ -150,7 +150,7 @@ class Evaluation(L.Callback):
     def _load_reference(self, trainer: L.Trainer, metrics: GenerationMetrics, reals: SizedDataset) -> None:
         """Statistics of the real pictures: from disk, or computed by all processes and kept there."""
         data, features = data_of(trainer), self._required_extractor().identity
-        key = (data.fingerprint(), self.config.reference, data.config.resolution, features)
+        key = (data.fingerprint(), self.config.reference, data.config.resolution, features, REFERENCE_READING)
         name = hashlib.sha256(repr(key).encode()).hexdigest()[:24]
         path = Path(self.config.cache).expanduser() / f"reference-{name}.safetensors"
         # Rank 0 decides for all: another run may be writing the file right now.

@@ -39,6 +39,9 @@ class DataConfig:
     """Folder that `medsynth encode` wrote: training reads latents from it instead of pictures."""
 
 
+REFERENCE_READING = 2
+"""Raised when the same files become other reference pictures, so that statistics kept of them are computed anew."""
+
 ConfigT = TypeVar("ConfigT", bound=DataConfig)
 
 

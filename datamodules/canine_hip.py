@@ -13,7 +13,7 @@ from torch import Tensor
 from datamodules.captioned import CaptionedConfig, CaptionedDataModule, Contents, Pair, Progress
 from datamodules.files.images import check_header, decode_rgb
 from datamodules.files.layouts import LAYOUTS, SPLITS, read_catalogue
-from datamodules.files.pictures import Pictures
+from datamodules.files.pictures import Pictures, shown_by
 from datamodules.files.shards import Shards
 from datamodules.files.tables import Table, drop_bad_rows
 from medsynth.errors import UserError
@@ -79,7 +79,9 @@ class ShardPictures(Pictures[CanineHipConfig]):
         self.shards = shards
 
     def open_picture(self, name: str, least_side: int = 0) -> Tensor:
-        return decode_rgb(BytesIO(self.shards.read(name)), self._shown(name), self.config.max_pixels, least_side)
+        config, file = self.config, BytesIO(self.shards.read(name))
+        show = shown_by(config.sixteen_bit, config.window)
+        return decode_rgb(file, self._shown(name), config.max_pixels, least_side, show)
 
     def check_picture(self, name: str) -> None:
         if self.config.check == "all":

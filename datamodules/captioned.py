@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Optional, TypeVar
 
 import numpy as np
 import torch
@@ -20,13 +20,14 @@ from torch import Tensor
 
 from datamodules.base import DataConfig, ImageDataModule, SizedDataset, TrainingSamples, ValidationSamples
 from datamodules.batches import Conditions, ImageBatch, Sample
-from datamodules.files.images import MOST_PIXELS, Geometry, jitter, random_flips
-from datamodules.files.pictures import Pictures
+from datamodules.files.images import Geometry, jitter, random_flips
+from datamodules.files.pictures import SIXTEEN_BIT, Pictures, check_window
+from datamodules.files.raster import MOST_PIXELS
 from datamodules.files.tables import Table
 from datamodules.stream import SampleOrder, SampleStream, derive_seed
 from medsynth.errors import UserError
 from medsynth.files import write_whole
-from medsynth.ranges import choice, number
+from medsynth.ranges import choice, number, numbers
 
 Progress = Callable[[int, int], None]
 
@@ -36,6 +37,8 @@ _BLOCK = 1024  # pictures whose check is under way at once
 @dataclass
 class CaptionedConfig(DataConfig):
     """How pictures are made square and varied, which are held out, and what becomes of bad ones."""
+
+    reads_dicom: ClassVar[bool] = False
 
     validation_images: int = number(200, least=1)
     """Pictures, with all their prompts, that are held out for validation, drawn by seed."""
@@ -59,6 +62,15 @@ class CaptionedConfig(DataConfig):
     """What is looked at before training: `all` decodes every picture; `headers` reads only how large each is."""
     max_pixels: int = number(100_000_000, least=1, most=MOST_PIXELS)
     """Pixels beyond which a picture counts as damaged or hostile and is not decoded."""
+    sixteen_bit: str = choice("full", SIXTEEN_BIT)
+    """Pictures of more than 8 bits: `full` shows them from 0 to the greatest value of their bits, and refuses 16 bits
+    that hold 12 or less, whose white is another; `range` does not refuse them; `window` shows what `window` says."""
+    window: Optional[list[float]] = numbers(None, count=2)
+    """Centre and width of the values that are shown, for pictures of more than 8 bits with `sixteen_bit=window`; none:
+    of grey ones from the 0.5th to the 99.5th percentile of each, of colours all as with `full`."""
+
+    def __post_init__(self):
+        check_window(self.window, used=self.reads_dicom or self.sixteen_bit == "window")
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +116,8 @@ class CaptionedDataModule(ImageDataModule[CaptionedT]):
     Config = CaptionedConfig
     shaping: ClassVar[tuple[str, ...]] = ("resolution", "square")
     """Config keys that change what reference pictures or prompts are, and so the fingerprint."""
+    shaping_since: ClassVar[dict[str, Any]] = {"sixteen_bit": "full", "window": None}
+    """Keys that came later, with the value that leaves a fingerprint as it was before."""
 
     def __init__(self, config: CaptionedT, seed: int = 0, batch_size: int = 1, accumulate: int = 1):
         super().__init__(config, seed, batch_size, accumulate)
@@ -140,10 +154,16 @@ class CaptionedDataModule(ImageDataModule[CaptionedT]):
                 "pictures": {k: [(n, *found.pictures.sizes(n)) for n in picture_names(v)] for k, v in splits.items()},
                 "prompts": [(p.picture, p.prompt, p.paraphrases, p.is_prior) for p in [*found.train, *found.val]],
                 "evaluation": found.evaluation,
-                "config": [getattr(self.config, key) for key in self.shaping],
+                "config": self._shape(),
             }
             self._fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
         return self._fingerprint
+
+    def _shape(self) -> list[Any]:
+        config = self.config
+        later = {key: getattr(config, key) for key in self.shaping_since if key not in self.shaping}
+        changed = [[key, value] for key, value in later.items() if value != self.shaping_since[key]]
+        return [getattr(config, key) for key in self.shaping] + changed
 
     def training_set(self) -> "TrainingSet":
         return TrainingSet(self._contents.train, self._contents.pictures, self.config, self.seed)
@@ -339,7 +359,11 @@ class ValidationSet(_CaptionedSet[CaptionedConfig], ValidationSamples):
 
 
 class ReferenceSet(SizedDataset):
-    """Index -> one distinct picture, uint8 (3, R, R), made square as for validation."""
+    """Index -> one distinct picture, uint8 (3, R, R), made square as for validation.
+
+    Each is decoded whole, as `medsynth evaluate` does: a JPEG decoded at a fraction, which is good for training, is
+    filtered otherwise, and a score would change with the size of the files.
+    """
 
     def __init__(self, names: list[str], pictures: Pictures, config: CaptionedConfig):
         self.names, self.pictures, self.config = names, pictures, config
@@ -348,4 +372,5 @@ class ReferenceSet(SizedDataset):
         return len(self.names)
 
     def __getitem__(self, index: int) -> Tensor:
-        return self.pictures.squared(self.names[index], Geometry(self.config.resolution, self.config.square))
+        geometry = Geometry(self.config.resolution, self.config.square)
+        return geometry.apply(self.pictures.open_picture(self.names[index]))

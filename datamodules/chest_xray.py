@@ -10,32 +10,39 @@ On disk, below `<root>`:
 Masks and depth maps are needed only where `data.controls` names them.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import ClassVar, Optional
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 
 from datamodules.captioned import CaptionedConfig, CaptionedDataModule, Contents, Pair, Progress, picture_names
 from datamodules.files.control import canny, channels
-from datamodules.files.dicom import DICOM_SUFFIXES, header_size, is_deep, read_deep, read_dicom, read_values
+from datamodules.files.dicom import DICOM_SUFFIXES
 from datamodules.files.images import Geometry, PictureFolder
-from datamodules.files.pictures import Pictures
+from datamodules.files.levels import Survey
+from datamodules.files.pictures import Pictures, picture_size
+from datamodules.files.raster import read_grey
 from datamodules.files.tables import Table, drop_bad_rows, read_table
 from medsynth.errors import UserError
-from medsynth.ranges import choice, number, numbers
+from medsynth.ranges import number, numbers
 
-_DEEP_SUFFIXES = frozenset({".png", ".tif", ".tiff"})
 _CAPTIONS = "captions.csv"
+_SURVEYED = 100
+"""Masks and depth maps that are decoded for their levels where `data.check=headers` decodes no others."""
 
 
 @dataclass
 class ChestXRayConfig(CaptionedConfig):
     """Which pictures and masks are trained on, how deep pictures are shown, and what steers the generation."""
+
+    reads_dicom: ClassVar[bool] = True
 
     name: str = "chest_xray"
     """This data set's name."""
@@ -69,12 +76,12 @@ class ChestXRayConfig(CaptionedConfig):
     """Depth-estimation model for `medsynth prepare depth`: a hub id or a local folder that transformers'
     AutoModelForDepthEstimation loads (DPT, Depth Anything …)."""
     window: Optional[list[float]] = numbers(None, count=2)
-    """Centre and width of the values that are shown, for DICOM files that name none themselves and for 16-bit pictures;
-    none: from the 0.5th to the 99.5th percentile of each picture."""
-    sixteen_bit: str = choice("window", ("window", "range"))
-    """16-bit PNG and TIFF: `window` shows what `window` says; `range` shows 0 … 65535 whatever the picture holds."""
+    """Centre and width of the values that are shown, for DICOM files that name none themselves and for pictures of more
+    than 8 bits with `sixteen_bit=window`; none: of greys from the 0.5th to the 99.5th percentile of each picture."""
+    sixteen_bit: str = "window"
 
     def __post_init__(self):
+        super().__post_init__()
         channels(self.controls)
         for key in ("canny_low", "canny_high", "canny_blur"):
             values = getattr(self, key)
@@ -82,8 +89,6 @@ class ChestXRayConfig(CaptionedConfig):
                 raise UserError(f"data.{key}={values}: must be one number, or a lowest and a highest")
         if self.canny_low[-1] > self.canny_high[0]:
             raise UserError(f"data.canny_low={self.canny_low}: must not exceed data.canny_high={self.canny_high}")
-        if self.window is not None and self.window[1] < 1:
-            raise UserError(f"data.window={self.window}: must be a centre and a width of at least 1")
 
 
 class XRayFolder(PictureFolder):
@@ -109,26 +114,40 @@ class XRayPictures(Pictures[ChestXRayConfig]):
         super().__init__(root / config.images, config)
         folders = {"mask": config.masks, "depth": config.depth}
         self._folders = {kind: PictureFolder(root / folders[kind]) for kind in config.controls if kind in folders}
-
-    def open_picture(self, name: str, least_side: int = 0) -> Tensor:
-        path, config = self.folder / name, self.config
-        if path.suffix.lower() in DICOM_SUFFIXES:
-            return read_dicom(path, config.max_pixels, config.window)
-        if config.sixteen_bit == "window" and path.suffix.lower() in _DEEP_SUFFIXES and is_deep(path):
-            return read_deep(path, config.max_pixels, config.window)
-        return super().open_picture(name, least_side)
+        self._survey = Survey(config.mask_max)
 
     def check_picture(self, name: str) -> None:
         """Refuse an unsound picture, and a mask or depth map that is missing, unsound or of another size."""
-        dicom = PurePosixPath(name).suffix.lower() in DICOM_SUFFIXES
-        if self.config.check == "all" or not dicom:
-            super().check_picture(name)
-        size = header_size(self.folder / name)
+        super().check_picture(name)
+        most = self.config.max_pixels
+        size = picture_size(self.folder / name, most)
         for kind in self._folders:
             path = self._beside(kind, name)
-            self._check_size(kind, path, header_size(path), size)
+            self._check_size(kind, path, picture_size(path, most), size)
             if self.config.check == "all":
-                self._read(kind, name)
+                self._survey_file(kind, path)
+
+    def check_levels(self, names: Sequence[str]) -> None:
+        """Refuse masks and depth maps that all of the set shows to be no greys; names: its sound pictures.
+
+        Where `data.check` has decoded none, some of them are, spread over the set.
+
+        Raises:
+            UserError: one line, which names a key, a file and the mend.
+        """
+        if self.config.check == "headers":
+            for name in names[:: max(1, len(names) // _SURVEYED)]:
+                for kind in self._folders:
+                    with suppress(UserError):  # whoever reads it says so
+                        self._survey_file(kind, self._beside(kind, name))
+        self._survey.check()
+
+    def _survey_file(self, kind: str, path: Path) -> None:
+        values, white = self._values(kind, path)
+        if kind == "mask":
+            self._survey.add_mask(path, values)
+        else:
+            self._survey.add_depth(path, values, white)
 
     def sizes(self, name: str) -> list[int]:
         return super().sizes(name) + [self._beside(kind, name).stat().st_size for kind in self._folders]
@@ -174,19 +193,21 @@ class XRayPictures(Pictures[ChestXRayConfig]):
 
     def _read(self, kind: str, name: str) -> Tensor:
         """A mask or depth map at its own size: float32 (1, H, W) in [0, 1]."""
-        path = self._beside(kind, name)
-        values = read_values(path, self.config.max_pixels)
-        most = {"depth": 65535 if values.dtype == np.uint16 else 255, "mask": self.config.mask_max}[kind]
-        if values.dtype == np.bool_:
-            most = 1
-        elif kind == "mask":
-            self._check_levels(path, int(values.max()))
-        return torch.from_numpy(values.astype(np.float32) / most)[None]
+        values, white = self._values(kind, self._beside(kind, name))
+        return torch.from_numpy(values.astype(np.float32) / white)[None]
 
-    def _check_levels(self, path: Path, highest: int) -> None:
-        most = self.config.mask_max
+    def _values(self, kind: str, path: Path) -> tuple[NDArray, int]:
+        """The values of a mask or depth map, and that of white."""
+        values, white = read_grey(path, self.config.max_pixels)
+        if kind == "depth" or values.dtype == np.bool_:
+            return values, white
+        highest, most = int(values.max()), self.config.mask_max
         if highest > most or 0 < 16 * highest <= most:  # classes 0, 1, 2 … as grey levels would all be next to black
-            raise UserError(f"{path} reaches {highest} where data.mask_max={most}: set it to the masks' greatest value")
+            border = "; if it marks a border, save that as 0 or as a class" * (highest == 255 > most)
+            raise UserError(
+                f"{path} reaches {highest} where data.mask_max={most}: set it to the masks' greatest value{border}"
+            )
+        return values, most
 
 
 class ChestXRay(CaptionedDataModule[ChestXRayConfig]):
@@ -241,6 +262,7 @@ class ChestXRay(CaptionedDataModule[ChestXRayConfig]):
                 if row["Filename"] in faults:
                     table.reject(line, faults[row["Filename"]])
         skipped = drop_bad_rows(tables, self.config.on_bad)
+        pictures.check_levels([name for name in names if name not in faults])
 
         pairs = [Pair(row["Filename"], row["Prompt"]) for table in tables for row in table.rows.values()]
         train, val = self.split(pairs)

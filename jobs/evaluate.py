@@ -34,26 +34,34 @@ _WHAT = {
 @click.option(
     "--resolution", type=click.IntRange(1), help="Bring both sides to this many pixels first. [default: as they are]"
 )
+@click.option(
+    "--sixteen-bit", type=click.Choice(["full", "range", "window"]), default="full", show_default=True,
+    help="How pictures of more than 8 bits are shown: data.sixteen_bit of the data set; chest_xray's is window.",
+)  # fmt: skip
+@click.option("--window", type=(float, float), metavar="CENTRE WIDTH", help="As data.window. [default: none]")
 @click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Pictures at once.")
 @click.option("--workers", type=click.IntRange(0), default=2, show_default=True, help="Processes that read pictures.")
 @click.option("--out", type=click.Path(path_type=Path), help="JSON file for the scores. [default: only the table]")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1 …")
 def main(
-    real: Path, fake: Path, extractor: str, weights: str | None, resolution: int | None, batch_size: int, workers: int,
-    out: Path | None, device: str,
+    real: Path, fake: Path, extractor: str, weights: str | None, resolution: int | None, sixteen_bit: str,
+    window: tuple[float, float] | None, batch_size: int, workers: int, out: Path | None, device: str,
 ) -> None:  # fmt: skip
     """Score generated pictures against real ones: FID, KID, Inception Score, precision, recall, F1.
 
-    Folders of any size: pictures stream through, of any mode and size.
+    Folders of any size: pictures stream through, of any mode and size, DICOM files too.
     """
     from rich.console import Console
     from rich.table import Table
 
+    from datamodules.files.pictures import check_window
     from jobs.run.folder import pick_device
     from metrics.extractors import build_extractor
     from metrics.suite import GenerationMetrics
 
-    sides = {"real": _Folder(real, resolution), "fake": _Folder(fake, resolution)}
+    check_window(window, used=True)
+    sides = {"real": real, "fake": fake}
+    sides = {side: _Folder(folder, resolution, sixteen_bit, window) for side, folder in sides.items()}
     network = build_extractor(extractor, weights)
     metrics = GenerationMetrics(network, len(sides["real"]), len(sides["fake"])).to(pick_device(device))
     _stream(sides["real"], metrics.update_real, "real", batch_size, workers)
@@ -67,6 +75,7 @@ def main(
     if out:
         counts = {"real_pictures": len(sides["real"]), "fake_pictures": len(sides["fake"])}
         report = {"scores": scores, **counts, "extractor": network.identity, "resolution": resolution}
+        report |= {"sixteen_bit": sixteen_bit, "window": window}
         out.write_text(json.dumps(report, indent=2) + "\n")
         click.echo(f"scores in {out}")
 
@@ -74,13 +83,16 @@ def main(
 class _Folder:
     """Index -> uint8 (3, H, W) of a folder's pictures, in the order of their names."""
 
-    def __init__(self, folder: Path, resolution: int | None):
+    def __init__(
+        self, folder: Path, resolution: int | None, sixteen_bit: str = "full", window: tuple[float, float] | None = None
+    ):
+        from datamodules.files.dicom import DICOM_SUFFIXES
         from datamodules.files.images import SUFFIXES
 
         if not folder.is_dir():
             raise UserError(f"there is no folder {folder}")
-        self.paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-        self.resolution = resolution
+        self.paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES | DICOM_SUFFIXES)
+        self.resolution, self.sixteen_bit, self.window = resolution, sixteen_bit, window
         if not self.paths:
             raise UserError(f"{folder} holds no pictures ({', '.join(sorted(SUFFIXES))})")
 
@@ -89,10 +101,12 @@ class _Folder:
 
     def __getitem__(self, index: int) -> "Tensor | str":
         """A string says why the picture cannot be read."""
-        from datamodules.files.images import MOST_PIXELS, crop_square, read_rgb
+        from datamodules.files.images import crop_square
+        from datamodules.files.pictures import read_picture
+        from datamodules.files.raster import MOST_PIXELS
 
         try:
-            picture = read_rgb(self.paths[index], MOST_PIXELS)
+            picture = read_picture(self.paths[index], MOST_PIXELS, 0, self.sixteen_bit, self.window)
         except UserError as error:
             return str(error)  # an exception would cross the worker's border with its traceback
         return crop_square(picture, self.resolution) if self.resolution else picture

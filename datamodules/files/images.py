@@ -11,16 +11,17 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from datamodules.files import raster
+from datamodules.files.raster import MOST_PIXELS as MOST_PIXELS
+from datamodules.files.raster import Show, show_full
 from medsynth.errors import UserError
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp"})
-MOST_PIXELS = 178_956_970
-"""Pixels beyond which Pillow itself refuses a picture."""
 
 
 class PictureFolder:
@@ -60,33 +61,31 @@ class PictureFolder:
         return found[0]
 
 
-def read_rgb(path: Path, max_pixels: int, least_side: int = 0) -> Tensor:
-    """The picture as it is meant to be seen: uint8 (3, H, W), RGB, turned upright by its EXIF orientation.
+def read_rgb(path: Path, max_pixels: int, least_side: int = 0, show: Show = show_full) -> Tensor:
+    """The picture as it is meant to be seen: uint8 (3, H, W), RGB, upright.
 
-    Grey is repeated, transparency laid on black, 16-bit grey divided by 257: white is 65535, not the brightest pixel.
+    Grey is repeated, transparency laid on black. More than 8 bits are shown by `show`: by default white is the greatest
+    value that the bits can hold, not the brightest pixel, and 16 bits that hold 12 or less are refused.
     With `least_side` a JPEG is decoded at 1/2, 1/4 or 1/8 of its size, as long as no side falls below it. Twice the
     side that is wanted in the end saves most of the decoding and still leaves the filtering to the resize.
 
     Raises:
-        UserError: the message starts with `path` and says that the file is missing, cannot be decoded, or has more than
-            `max_pixels` pixels, which the header tells before anything is decoded.
+        UserError: the message starts with `path` and says what is wrong, see `raster.opened`; that a picture has more
+            than `max_pixels` pixels the header tells before anything is decoded.
     """
-    return decode_rgb(path, str(path), max_pixels, least_side)
+    return decode_rgb(path, str(path), max_pixels, least_side, show)
 
 
-def decode_rgb(file: Path | BinaryIO, name: str, max_pixels: int, least_side: int = 0) -> Tensor:
+def decode_rgb(
+    file: Path | BinaryIO, name: str, max_pixels: int, least_side: int = 0, show: Show = show_full
+) -> Tensor:
     """`read_rgb` of a path or an open file, which messages call `name`."""
-    with _opened(file, name, max_pixels) as image:
-        if least_side:
-            image.draft(None, (least_side, least_side))
-        image.load()
-        ImageOps.exif_transpose(image, in_place=True)
-        return F.pil_to_tensor(_to_rgb(image))
+    return torch.from_numpy(raster.decode_rgb(file, name, max_pixels, least_side, show)).permute(2, 0, 1)
 
 
 def check_header(file: Path | BinaryIO, name: str, max_pixels: int) -> None:
     """Read no more than the header; raises UserError where that shows what `read_rgb` would refuse."""
-    with _opened(file, name, max_pixels):
+    with raster.opened(file, name, max_pixels):
         pass
 
 
@@ -105,16 +104,6 @@ def _opened(file: Path | BinaryIO, name: str, max_pixels: int) -> Iterator[Image
         raise UserError(f"{name} has more than data.max_pixels={max_pixels} pixels") from None
     except Exception as error:  # Pillow's decoders answer damaged bytes with errors of almost any kind
         raise UserError(f"{name} cannot be decoded ({error or type(error).__name__})") from error
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):
-        return Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
-        raise ValueError("32-bit pixels have no known white: save it with 8 or 16 bits")
-    if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
-    return image.convert("RGB")
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,21 @@
-"""The pictures of a data set, opened by name."""
+"""The pictures of a data set, opened by name: DICOM files and all others, shown as a config asks for."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
-from datamodules.files.images import Geometry, check_header, read_rgb
+from datamodules.files.dicom import DICOM_SUFFIXES, apply_window, header_size, read_dicom, stretch
+from datamodules.files.images import Geometry, read_rgb
+from datamodules.files.raster import Show, show_full, show_range, upright_size
+from medsynth.errors import UserError
+
+SIXTEEN_BIT = ("full", "range", "window")
+"""How 16-bit files are shown; see `datamodules.captioned.CaptionedConfig.sixteen_bit`."""
 
 
 class ReadingConfig(Protocol):
@@ -16,6 +24,56 @@ class ReadingConfig(Protocol):
     resolution: int
     check: str
     max_pixels: int
+    sixteen_bit: str
+    window: list[float] | None
+
+
+def read_picture(
+    path: Path, max_pixels: int, least_side: int = 0, sixteen_bit: str = "full", window: Sequence[float] | None = None
+) -> Tensor:
+    """Any picture file as it is meant to be seen: uint8 (3, H, W).
+
+    Args:
+        least_side: of a JPEG, see `images.read_rgb`; 0 decodes all of it.
+        sixteen_bit, window: how files of more than 8 bits are shown, and DICOM files that name no window.
+
+    Raises:
+        UserError: one line, which begins with `path` and says what is wrong with it.
+    """
+    if path.suffix.lower() in DICOM_SUFFIXES:
+        return read_dicom(path, max_pixels, window)
+    return read_rgb(path, max_pixels, least_side, shown_by(sixteen_bit, window))
+
+
+def picture_size(path: Path, max_pixels: int) -> tuple[int, int]:
+    """(width, height) of a picture file as it is read, by its header alone.
+
+    Raises:
+        UserError: the message starts with `path`: missing, or no picture that can be read.
+    """
+    return header_size(path) if path.suffix.lower() in DICOM_SUFFIXES else upright_size(path, max_pixels)
+
+
+def shown_by(sixteen_bit: str, window: Sequence[float] | None) -> Show:
+    """What shows values of more than 8 bits, one of `SIXTEEN_BIT`."""
+    if sixteen_bit == "window":
+        return partial(_show_window, window=window)
+    return show_range if sixteen_bit == "range" else show_full
+
+
+def check_window(window: Sequence[float] | None, used: bool) -> None:
+    """Raise UserError where `data.window` is no window, or nothing is shown through it."""
+    if window is not None and window[1] < 1:
+        raise UserError(f"data.window={window}: must be a centre and a width of at least 1")
+    if window is not None and not used:
+        raise UserError(f"data.window={window}: shows nothing without data.sixteen_bit=window")
+
+
+def _show_window(values: NDArray[np.uint16], white: int, window: Sequence[float] | None) -> NDArray[np.floating]:
+    if window:
+        return apply_window(values, window[0], window[1])
+    # Percentiles are for greys: colours of all pictures would be stretched, each otherwise.
+    return stretch(values) if values.ndim == 2 else show_full(values, white)
 
 
 ReadingT = TypeVar("ReadingT", bound=ReadingConfig)
@@ -36,12 +94,13 @@ class Pictures(Generic[ReadingT]):
         Raises:
             UserError: one line, which begins with the file and says what is wrong with it.
         """
-        return read_rgb(self.folder / name, self.config.max_pixels, least_side)
+        config = self.config
+        return read_picture(self.folder / name, config.max_pixels, least_side, config.sixteen_bit, config.window)
 
     def check_picture(self, name: str) -> None:
         """Raise the UserError of `open_picture`, as far as `data.check` looks."""
         if self.config.check == "headers":
-            check_header(self.folder / name, str(self.folder / name), self.config.max_pixels)
+            picture_size(self.folder / name, self.config.max_pixels)
         else:
             self.open_picture(name, 2 * self.config.resolution)
 

@@ -5,15 +5,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
+from datamodules.canine_hip import CanineHip, CanineHipConfig
 from datamodules.chest_xray import ChestXRay, ChestXRayConfig
 from datamodules.files.control import canny
 from datamodules.files.depth import depth_estimator
 from datamodules.files.dicom import stretch
-from datamodules.phantoms.chest import write_dicom
+from datamodules.files.images import Geometry, crop_square, read_rgb
+from datamodules.files.layout_writers import convert
+from datamodules.phantoms.chest import write_chest, write_dicom
+from jobs.evaluate import _Folder
 from medsynth.errors import UserError
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -204,6 +209,133 @@ def test_deep_pictures(tmp_path):
     shown = torch.from_numpy(np.rint(255 * ((values[:, centre] - 300.0) / 3400)).astype(np.uint8))
     assert all((r[0].int() - shown).abs().max() <= 1 for r in (data.reference_set("all")[i] for i in range(3)))
     assert chest(tmp_path, check="headers").check()["pictures"] == 3
+
+
+@pytest.mark.parametrize("byteorder", ["<", ">"])
+def test_16_bit_tiff_of_either_byte_order_is_mask_picture_and_depth(tmp_path, byteorder):
+    """As ImageJ writes them, big-endian."""
+    write_set(tmp_path, 3)
+    for index in range(3):
+        pixels = blobs(index, 40, 64).astype(np.uint16)
+        files = {"images": 257 * pixels, "masks": np.where(pixels > 127, 65535, 0), "depth": 65535 - 257 * pixels}
+        for folder, values in files.items():
+            (tmp_path / folder / f"p{index}.png").unlink()
+            file = tmp_path / folder / f"p{index}.tif"
+            tifffile.imwrite(file, values.astype(np.uint16), byteorder=byteorder, metadata=None)
+    data = chest(tmp_path, resolution=40, controls=["depth", "mask"], sixteen_bit="full", mask_max=65535)
+    row = data.validation_set()[0]
+    grey, (depth, mask) = row.images[0, 0], row.conditions.control[0]
+    assert torch.equal(grey > 0.5, mask == 1) and (1 - depth - grey).abs().max() < 1e-6
+
+
+def shown(data: ChestXRay, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    pictures, geometry = data._contents.pictures, Geometry(32)
+    return pictures.squared(name, geometry), pictures.control(name, geometry, lambda: None, None)
+
+
+@pytest.mark.parametrize("check", ["all", "headers"])
+def test_pictures_masks_and_depth_maps_on_their_side(tmp_path, check):
+    """What stands upright and what lies on its side are the same samples, whatever the format and the depth."""
+    write_set(tmp_path / "upright", 3)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    for path in sorted((tmp_path / "upright").rglob("*.png")):
+        lying = tmp_path / "lying" / path.relative_to(tmp_path / "upright")
+        lying.parent.mkdir(parents=True, exist_ok=True)
+        image = Image.fromarray(np.rot90(np.asarray(Image.open(path))).copy())
+        if lying.parent.name == "images":
+            image.save(lying.with_suffix(".tif"), tiffinfo={274: 6})
+        else:
+            image.save(lying, exif=turned)
+    config = {"controls": ["depth", "mask"], "check": check}
+    sets = [chest(tmp_path / folder, **config) for folder in ("upright", "lying")]
+    for names in zip(*(data.reference_set("all").names for data in sets), strict=True):
+        (picture, control), other = (shown(data, name) for data, name in zip(sets, names, strict=True))
+        assert torch.equal(picture, other[0]) and torch.equal(control, other[1])
+    sideways = np.asarray(Image.open(tmp_path / "upright/masks/p0.png")).T
+    save(tmp_path / "lying/masks/p0.png", sideways.copy())
+    said = faults(chest(tmp_path / "lying", **config))[1]
+    assert "masks/p0.png is 40x64, its picture 64x40, of another shape" in said
+
+
+@pytest.mark.parametrize("check", ["all", "headers"])
+@pytest.mark.parametrize("border", [False, True])
+def test_classes_are_not_taken_for_greys(tmp_path, check, border):
+    write_set(tmp_path)
+    classes = (np.arange(40 * 64) % 21).astype(np.uint8).reshape(40, 64)
+    if border:
+        classes[0] = 255
+    for index in range(5):
+        save(tmp_path / "masks" / f"p{index}.png", classes)
+    found = faults(chest(tmp_path, check=check))
+    said = f"data.mask_max=255: the masks' levels are 1, 2, 3, …, 20 (as in {tmp_path}/masks/p0.png)"
+    said += f" beside 255 (as in {tmp_path}/masks/p0.png): these are classes with a border" * border
+    assert len(found) == 1 and found[0].startswith(said)
+    for index in range(5):
+        save(tmp_path / "masks" / f"p{index}.png", classes % 255)
+    control = chest(tmp_path, check=check, mask_max=20).training_set()[0].conditions.control
+    assert control.max() == 1
+    if border:
+        save(tmp_path / "masks" / "p0.png", classes)
+        said = "reaches 255 where data.mask_max=20: set it to the masks' greatest value; if it marks a border"
+        assert said in faults(chest(tmp_path, mask_max=20))[1]
+
+
+def test_a_score_and_training_each_read_a_large_jpeg_their_way(tmp_path):
+    """References are decoded whole, as `medsynth evaluate` reads them; training takes what a fraction gives."""
+    for index in range(2):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        coarse = np.random.default_rng(index).integers(0, 256, (64, 64, 3), np.uint8)
+        Image.fromarray(coarse).resize((512, 512)).save(tmp_path / "images" / f"p{index}.jpg", quality=95)
+    data = chest(tmp_path, controls=[])
+    whole = [crop_square(read_rgb(tmp_path / f"images/p{i}.jpg", 10**6), 32) for i in range(2)]
+    references, real = data.reference_set("all"), _Folder(tmp_path / "images", 32)
+    assert all(torch.equal(references[i], whole[i]) and torch.equal(real[i], whole[i]) for i in range(2))
+    small = data.validation_set()[0].images[0] * 255
+    index = int(data.validation_set().pairs[0].picture[1])
+    assert (small - whole[index]).abs().max() > 1 and (small - whole[index]).abs().mean() < 2
+
+
+def test_evaluate_reads_a_chest_set_as_the_data_set_does(tmp_path):
+    write_chest(tmp_path / "set", images=12, seed=0, size=48, dicom=True)
+    data = chest(tmp_path / "set", resolution=48)
+    references = data.reference_set("all")
+    found = _Folder(tmp_path / "set" / "images", None, "window")
+    assert len(found) == len(references) == 12
+    assert all(torch.equal(found[i], references[i]) for i in range(12))
+    plain = _Folder(tmp_path / "set" / "images", None)
+    said = [picture for picture in (plain[i] for i in range(12)) if isinstance(picture, str)]
+    assert len(said) == 4, "16-bit files of 12 bits; DICOM says itself what it shows"
+    assert re.search(r"phantom-0+\d\.png has 16 bits but no value above \d+ of 65535, .*--sixteen-bit", said[0])
+
+
+def test_a_window_is_of_colours_too_percentiles_are_not(tmp_path):
+    colours = np.stack([np.arange(64), np.arange(64) * 10, np.full(64, 4095)], axis=1).astype(np.uint16)
+    (tmp_path / "images").mkdir()
+    for index in range(2):
+        tifffile.imwrite(tmp_path / f"images/p{index}.tif", colours.reshape(8, 8, 3), photometric="rgb")
+    assert "has 16 bits but no value above 4095" in faults(chest(tmp_path, controls=[]))[1]
+    picture = chest(tmp_path, controls=[], window=[2048, 4096], resolution=8).reference_set("all")[0]
+    assert np.array_equal(picture.permute(1, 2, 0), np.rint(colours / 4095 * 255).astype(np.uint8).reshape(8, 8, 3))
+
+
+@pytest.mark.parametrize(("config", "grey"), [({"sixteen_bit": "range"}, 16), ({"window": [2048, 4096]}, 255)])
+def test_every_data_set_says_how_its_16_bits_are_shown(tmp_path, config, grey):
+    """Out of files and out of shards."""
+    values = np.array([[0, 4095], [0, 4095]], np.uint16)
+    for index in range(3):
+        save(tmp_path / "files" / f"p{index}.png", values)
+        (tmp_path / "files" / f"p{index}.txt").write_text(f"picture {index}")
+    convert(tmp_path / "files", tmp_path / "shards", "webdataset")
+    usual = {"square": "crop", "resolution": 2, "validation_images": 1, "workers": 0}
+    for folder in ("files", "shards"):
+        usual["root"] = str(tmp_path / folder)
+        data = CanineHip(CanineHipConfig(**usual, **{"sixteen_bit": "window", **config}))
+        assert data.reference_set("all")[0].unique().tolist() == [0, grey]
+        with pytest.raises(UserError, match=r"p0\.png has 16 bits but no value above 4095.*data\.sixteen_bit=window"):
+            CanineHip(CanineHipConfig(**usual)).check()
+    with pytest.raises(UserError, match=r"^data\.window=\[5\.0, 9\.0\]: shows nothing without data\.sixteen_bit"):
+        CanineHipConfig(window=[5.0, 9.0])
 
 
 # Faults
