@@ -2,7 +2,7 @@
 
 It knows where up is (EXIF, tag 274, XMP), which end of the scale is white and how many bits it has, palettes and
 transparency, and refuses in a line what has no one meaning. Pillow decodes what it decodes rightly; OpenCV TIFF of more
-than 8 bits and PNG of 16-bit colours, of which Pillow keeps half the bits.
+than 8 bits, and 16-bit colours of PNG and JPEG 2000, of which Pillow keeps half the bits.
 """
 
 from collections.abc import Callable, Iterator
