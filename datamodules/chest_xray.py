@@ -11,7 +11,6 @@ Masks and depth maps are needed only where `data.controls` names them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import ClassVar, Optional
@@ -125,7 +124,7 @@ class XRayPictures(Pictures[ChestXRayConfig]):
             path = self._beside(kind, name)
             self._check_size(kind, path, picture_size(path, most), size)
             if self.config.check == "all":
-                self._survey_file(kind, path)
+                self._add(kind, path, *read_grey(path, most))
 
     def check_levels(self, names: Sequence[str]) -> None:
         """Refuse masks and depth maps that all of the set shows to be no greys; names: its sound pictures.
@@ -137,17 +136,24 @@ class XRayPictures(Pictures[ChestXRayConfig]):
         """
         if self.config.check == "headers":
             for name in names[:: max(1, len(names) // _SURVEYED)]:
-                for kind in self._folders:
-                    with suppress(UserError):  # whoever reads it says so
-                        self._survey_file(kind, self._beside(kind, name))
+                self._look_beside(name)
         self._survey.check()
 
-    def _survey_file(self, kind: str, path: Path) -> None:
-        values, white = self._values(kind, path)
-        if kind == "mask":
-            self._survey.add_mask(path, values)
-        else:
+    def _look_beside(self, name: str) -> None:
+        for kind in self._folders:
+            path = self._beside(kind, name)
+            try:
+                found = read_grey(path, self.config.max_pixels)
+            except UserError:  # whoever reads it says so
+                continue
+            self._add(kind, path, *found)
+
+    def _add(self, kind: str, path: Path, values: NDArray, white: int) -> None:
+        if kind == "depth":
             self._survey.add_depth(path, values, white)
+        else:
+            self._white(kind, path, values, white)
+            self._survey.add_mask(path, values)
 
     def sizes(self, name: str) -> list[int]:
         return super().sizes(name) + [self._beside(kind, name).stat().st_size for kind in self._folders]
@@ -193,21 +199,21 @@ class XRayPictures(Pictures[ChestXRayConfig]):
 
     def _read(self, kind: str, name: str) -> Tensor:
         """A mask or depth map at its own size: float32 (1, H, W) in [0, 1]."""
-        values, white = self._values(kind, self._beside(kind, name))
-        return torch.from_numpy(values.astype(np.float32) / white)[None]
-
-    def _values(self, kind: str, path: Path) -> tuple[NDArray, int]:
-        """The values of a mask or depth map, and that of white."""
+        path = self._beside(kind, name)
         values, white = read_grey(path, self.config.max_pixels)
+        return torch.from_numpy(values.astype(np.float32) / self._white(kind, path, values, white))[None]
+
+    def _white(self, kind: str, path: Path, values: NDArray, white: int) -> int:
+        """The value that becomes 1.0; refuses a mask whose greatest value is far from it."""
         if kind == "depth" or values.dtype == np.bool_:
-            return values, white
+            return white
         highest, most = int(values.max()), self.config.mask_max
         if highest > most or 0 < 16 * highest <= most:  # classes 0, 1, 2 … as grey levels would all be next to black
             border = "; if it marks a border, save that as 0 or as a class" * (highest == 255 > most)
             raise UserError(
                 f"{path} reaches {highest} where data.mask_max={most}: set it to the masks' greatest value{border}"
             )
-        return values, most
+        return most
 
 
 class ChestXRay(CaptionedDataModule[ChestXRayConfig]):

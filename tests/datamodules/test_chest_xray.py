@@ -406,6 +406,10 @@ def test_headers_see_sizes_but_no_pixels(tmp_path):
     assert "masks/p0.png cannot be decoded" in faults(chest(tmp_path))[1]
     save(tmp_path / "masks" / "p0.png", np.zeros((20, 32), np.uint8))
     assert "is 32x20" in faults(chest(tmp_path, check="headers"))[1]
+    for index in range(5):
+        save(tmp_path / "masks" / f"p{index}.png", np.eye(40, 64, dtype=np.uint8))
+    said = "masks/p0.png reaches 1 where data.mask_max=255: set it to the masks' greatest value"
+    assert faults(chest(tmp_path, check="headers")) == [f"{tmp_path}/{said}"], "some masks are looked at all the same"
 
 
 def test_missing_folders_and_tables_name_their_key(tmp_path):
