@@ -220,15 +220,15 @@ def others(draw) -> Drawn:
 def test_every_file_shows_what_was_drawn(tmp_path_factory, drawn):
     path = tmp_path_factory.getbasetemp() / f"drawn{drawn.suffix}"
     path.write_bytes(drawn.data)
-    found = read_rgb(path, 1000)
-    assert found.numpy().tobytes() == decode_rgb(io.BytesIO(drawn.data), "x", 1000).numpy().tobytes()
+    found = read_rgb(path, 10**4)
+    assert found.numpy().tobytes() == decode_rgb(io.BytesIO(drawn.data), "x", 10**4).numpy().tobytes()
     found = found.permute(1, 2, 0).numpy().astype(int)
     assert found.shape == drawn.shown.shape
     assert np.abs(found - drawn.shown).max() <= drawn.within
-    assert upright_size(path, 1000) == drawn.shown.shape[1::-1]
-    check_header(io.BytesIO(drawn.data), "x", 1000)
+    assert upright_size(path, 10**4) == drawn.shown.shape[1::-1]
+    check_header(io.BytesIO(drawn.data), "x", 10**4)
     if drawn.grey is not None:
-        values, white = read_grey(path, 1000)
+        values, white = read_grey(path, 10**4)
         assert white == drawn.white and values.dtype.isnative and (values.dtype == bool) == (white == 1)
         assert np.array_equal(values, drawn.grey)
 
