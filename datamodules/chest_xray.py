@@ -23,7 +23,7 @@ from torchvision.transforms.v2 import InterpolationMode
 
 from datamodules.captioned import CaptionedConfig, CaptionedDataModule, Contents, Pair, Progress, picture_names
 from datamodules.files.control import canny, channels
-from datamodules.files.dicom import DICOM_SUFFIXES
+from datamodules.files.dicom import DICOM_SUFFIXES, dicom_size
 from datamodules.files.images import Geometry, PictureFolder
 from datamodules.files.levels import Survey
 from datamodules.files.pictures import Pictures, picture_size
@@ -118,11 +118,16 @@ class XRayPictures(Pictures[ChestXRayConfig]):
     def check_picture(self, name: str) -> None:
         """Refuse an unsound picture, and a mask or depth map that is missing, unsound or of another size."""
         super().check_picture(name)
-        most = self.config.max_pixels
-        size = picture_size(self.folder / name, most)
+        path, most = self.folder / name, self.config.max_pixels
+        dicom = path.suffix.lower() in DICOM_SUFFIXES
+        size, cells = dicom_size(path, most) if dicom else (picture_size(path, most),) * 2
         for kind in self._folders:
             path = self._beside(kind, name)
-            self._check_size(kind, path, picture_size(path, most), size)
+            own = picture_size(path, most)
+            if own == cells != size:
+                sizes = f"{own[0]}x{own[1]}, as its picture's pixels are, which are not square"
+                raise UserError(f"{path} is {sizes}: stretch it to {size[0]}x{size[1]}, as the picture is shown")
+            self._check_size(kind, path, own, size)
             if self.config.check == "all":
                 self._add(kind, path, *read_grey(path, most))
 

@@ -11,7 +11,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import ExifTags
 from torch import Tensor
+from torchvision.transforms.v2.functional import resize
 
+from datamodules.files.dicom_display import GREY, Display, Lut, read_display
+from datamodules.files.dicom_header import COPY, Header, one_line, open_dicom
+from datamodules.files.dicom_pixels import colours, decode
 from datamodules.files.images import MOST_PIXELS, _opened
 from medsynth.errors import UserError
 
@@ -37,7 +41,7 @@ def apply_window(values: NDArray, centre: float, width: float, function: str = "
 def stretch(values: NDArray, counted: NDArray[np.bool_] | None = None) -> NDArray[np.float64]:
     """Values -> [0, 1], linear from the 0.5th to the 99.5th percentile of all or the `counted`; a constant is black."""
     low, high = np.percentile(values if counted is None else values[counted], PERCENTILES)
-    return ((values - low) / max(high - low, 1e-9)).clip(0, 1)
+    return ((values - low) / max(high - low, 1e-200)).clip(0, 1)  # values of a tiny slope lie close
 
 
 def to_rgb(unit: NDArray) -> Tensor:
@@ -73,10 +77,7 @@ def header_size(path: Path) -> tuple[int, int]:
         UserError: the message starts with `path`: missing, or no picture.
     """
     if path.suffix.lower() in DICOM_SUFFIXES:
-        dataset = _open(path, stop_before_pixels=True)
-        if "Rows" not in dataset or "Columns" not in dataset:
-            raise UserError(f"{path} holds no picture (no Rows and Columns): leave it out")
-        return int(dataset.Columns), int(dataset.Rows)
+        return dicom_size(path, MOST_PIXELS)[0]
     with _opened(path, str(path), MOST_PIXELS) as image:
         # Asked for the EXIF fields of a PNG that has none yet, Pillow decodes it all to look behind the pixels.
         exif = image.getexif() if image.format != "PNG" or "exif" in image.info else {}
@@ -93,106 +94,55 @@ def read_deep(path: Path, max_pixels: int, window: Sequence[float] | None) -> Te
     return to_rgb(apply_window(values, window[0], window[1]) if window else stretch(values))
 
 
-def read_dicom(path: Path, max_pixels: int, window: Sequence[float] | None = None) -> Tensor:
-    """A single grey DICOM picture as it is meant to be seen: uint8 (3, H, W), bright where the display is bright.
+def dicom_size(path: Path, max_pixels: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(width, height) of a DICOM picture as it is shown, and of its pixels, which may not be square.
 
-    In order: modality LUT or rescale slope and intercept; the file's first VOI LUT, else its first window, else
-    `window` (centre, width; in rescaled units), else the percentiles, pixel padding aside; MONOCHROME1 inverted.
+    Raises:
+        UserError: what `read_dicom` would refuse, as far as the header tells.
+    """
+    display = read_display(open_dicom(path, pixels=False), max_pixels)
+    return display.size, (display.columns, display.rows)
+
+
+def read_dicom(path: Path, max_pixels: int, window: Sequence[float] | None = None) -> Tensor:
+    """A single DICOM picture as it is meant to be seen: uint8 (3, H, W), bright where the display is bright.
+
+    Grey, in order: modality LUT or rescale slope and intercept; the file's first VOI LUT, else its first window, else
+    `window` (centre, width; in rescaled units), else the percentiles, pixel padding aside; MONOCHROME1 inverted;
+    padding black. Colour: RGB, YBR or a palette as it is. Pixels that are not square: the picture is stretched along
+    their longer side, bilinearly. Overlays are left out.
 
     Raises:
         UserError: the message starts with `path`: no such file, no DICOM, cut off, no pixel data, several frames,
-            colour, more than `max_pixels` pixels, a compression without a decoder.
+            more than `max_pixels` pixels, a compression without a decoder, elements that are no sound display.
     """
-    dataset = _open(path)
-    _check_grey(path, dataset)
-    if int(dataset.Rows) * int(dataset.Columns) > max_pixels:
-        raise UserError(f"{path} has more than data.max_pixels={max_pixels} pixels")
+    header = open_dicom(path)
+    display = read_display(header, max_pixels)
     try:
-        return to_rgb(_shown(dataset, window))
+        cells = decode(header, display)
+    except UserError:
+        raise
     except Exception as error:  # pydicom's decoders answer damaged bytes with errors of almost any kind
-        raise UserError(f"{path} cannot be decoded ({_one_line(error)}); {_mend(error)}") from error
+        raise UserError(f"{path} cannot be decoded ({one_line(error)}); {COPY}") from error
+    if display.photometric in GREY:
+        picture = to_rgb(_greys(header, display, cells, window))
+    else:
+        picture = torch.from_numpy(np.rint(255 * colours(header, display, cells)).astype(np.uint8)).permute(2, 0, 1)
+    size = list(display.size[::-1])
+    return picture.contiguous() if list(picture.shape[1:]) == size else resize(picture, size, antialias=True)
 
 
-def _open(path: Path, **options):
-    import pydicom
-
-    try:
-        return pydicom.dcmread(path, **options)
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing") from None
-    except pydicom.errors.InvalidDicomError:
-        raise UserError(f"{path} is no DICOM file: give it the suffix of what it is, or leave it out") from None
-    except Exception as error:  # a header that ends early or lies can fail anywhere
-        raise UserError(f"{path} cannot be read ({_one_line(error)}); {_COPY}") from error
-
-
-def _check_grey(path: Path, dataset) -> None:
-    if any(element not in dataset for element in ("PixelData", "Rows", "Columns")):
-        raise UserError(f"{path} has no pixel data: it is cut off or no picture; {_COPY} or leave it out")
-    frames = int(dataset.get("NumberOfFrames") or 1)
-    if frames > 1:
-        raise UserError(f"{path} has {frames} frames: save the one that is meant as a file of its own")
-    colours = dataset.get("PhotometricInterpretation", "MONOCHROME2")
-    if colours not in ("MONOCHROME1", "MONOCHROME2"):
-        raise UserError(f"{path} is a colour DICOM ({colours}): save it as a grey one, or as PNG")
-
-
-def _shown(dataset, window: Sequence[float] | None) -> NDArray[np.float64]:
-    from pydicom.pixels import apply_modality_lut
-
-    stored = dataset.pixel_array
-    padding = _padding(dataset, stored)
-    unit = _windowed(dataset, apply_modality_lut(stored, dataset), window, ~padding)
-    if dataset.get("PhotometricInterpretation") == "MONOCHROME1":
-        unit = 1 - unit
-    return np.where(padding, 0.0, unit)
-
-
-def _padding(dataset, stored: NDArray) -> NDArray[np.bool_]:
-    """Pixels outside of the picture proper, by their stored value (PS3.3 C.7.5.1.1.2)."""
-    value = dataset.get("PixelPaddingValue")
-    if value is None:
-        return np.zeros(stored.shape, dtype=bool)
-    low, high = sorted((value, dataset.get("PixelPaddingRangeLimit", value)))
-    padding = (stored >= low) & (stored <= high)
-    return padding if not padding.all() else np.zeros_like(padding)
-
-
-def _windowed(dataset, values: NDArray, window: Sequence[float] | None, counted: NDArray) -> NDArray[np.float64]:
-    if dataset.get("VOILUTSequence"):
-        return _looked_up(dataset.VOILUTSequence[0], values, dataset.original_encoding[1])
-    centre, width = (_first(dataset.get(key)) for key in ("WindowCenter", "WindowWidth"))
-    if centre is not None and width:  # some devices write a width of 0 for none
-        return apply_window(values, centre, width, dataset.get("VOILUTFunction", "LINEAR"))
-    return apply_window(values, window[0], window[1]) if window else stretch(values, counted)
-
-
-def _looked_up(lut, values: NDArray, little_endian: bool) -> NDArray[np.float64]:
-    """Values -> [0, 1] by a VOI LUT (PS3.3 C.11.2.1.1); those beyond its ends are shown as the ends."""
-    entries, first, bits = lut.LUTDescriptor
-    entries, table = entries or 2**16, lut.LUTData
-    if isinstance(table, bytes):
-        word = "<u2" if little_endian else ">u2"
-        table = np.frombuffer(table, word if len(table) >= 2 * entries else np.uint8, count=entries)
-    index = (np.rint(values).astype(np.int64) - first).clip(0, entries - 1)
-    return np.asarray(table, dtype=np.float64)[index] / (2**bits - 1)
-
-
-def _first(value) -> float | None:
-    """A number, or the first of several; None where the element is absent or empty."""
-    from pydicom.multival import MultiValue
-
-    if isinstance(value, MultiValue):
-        value = value[0] if value else None
-    return None if value in (None, "") else float(value)
-
-
-_COPY = "copy it again from its source"
-
-
-def _mend(error: Exception) -> str:
-    return "pip install python-gdcm, which can" if "missing dependencies" in str(error) else _COPY
-
-
-def _one_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0].rstrip(":") or type(error).__name__
+def _greys(header: Header, display: Display, cells: NDArray, window: Sequence[float] | None) -> NDArray[np.float64]:
+    padding, values = display.padded(cells), display.cells.values(cells)
+    if display.cells.real and not np.isfinite(values[~padding]).all():
+        raise header.fault(
+            "has pixels that are no finite numbers: name them in FloatPixelPaddingValue, or leave it out"
+        )
+    values = display.rescaled(np.where(padding, 0, values))
+    if isinstance(display.voi, Lut):
+        unit = display.voi(values) / display.voi.white
+    elif display.voi:
+        unit = apply_window(values, display.voi.centre, display.voi.width, display.voi.function)
+    else:
+        unit = apply_window(values, window[0], window[1]) if window else stretch(values, ~padding)
+    return np.where(padding, 0.0, 1 - unit if display.inverted else unit)

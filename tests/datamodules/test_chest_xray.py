@@ -20,6 +20,7 @@ from datamodules.files.layout_writers import convert
 from datamodules.phantoms.chest import write_chest, write_dicom
 from jobs.evaluate import _Folder
 from medsynth.errors import UserError
+from tests.dicom_files import dicom
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 ALL = ["canny", "depth", "mask", "picture"]
@@ -336,6 +337,27 @@ def test_every_data_set_says_how_its_16_bits_are_shown(tmp_path, config, grey):
             CanineHip(CanineHipConfig(**usual)).check()
     with pytest.raises(UserError, match=r"^data\.window=\[5\.0, 9\.0\]: shows nothing without data\.sixteen_bit"):
         CanineHipConfig(window=[5.0, 9.0])
+
+
+@pytest.mark.parametrize("check", ["all", "headers"])
+def test_dicom_is_checked_as_it_is_shown(tmp_path, check):
+    """By the header alone, too; where pixels are not square, a mask has the shape that is shown."""
+    values = np.arange(40 * 64, dtype=np.uint16).reshape(40, 64)
+    (tmp_path / "images").mkdir()
+    for name, elements in {"good": {}, "high": {"PixelSpacing": [0.2, 0.1]}, "width": {"WindowWidth": 0}}.items():
+        window = {"WindowCenter": 1000, "WindowWidth": 2000}
+        dicom(tmp_path / "images" / f"{name}.dcm", values, **window | elements)
+        save(tmp_path / "masks" / f"{name}.png", np.zeros((40, 64), np.uint8))
+    with pytest.raises(UserError) as error:
+        chest(tmp_path, check=check).check()
+    assert [line.partition(": ")[2].removeprefix(f"{tmp_path}/") for line in str(error.value).splitlines()[1:3]] == [
+        "masks/high.png is 64x40, as its picture's pixels are, which are not square: stretch it to 64x80, as the "
+        "picture is shown",
+        "images/width.dcm has WindowWidth 0, which must be at least 1: correct it, or delete it (`dcmodify "
+        "-ea WindowCenter -ea WindowWidth`)",
+    ]
+    save(tmp_path / "masks" / "high.png", np.zeros((80, 64), np.uint8))
+    assert chest(tmp_path, check=check, on_bad="skip").check()["pictures"] == 2
 
 
 # Faults

@@ -7,54 +7,21 @@ import numpy as np
 import pydicom
 import pytest
 from PIL import Image
-from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.dataset import Dataset
 from pydicom.pixels import apply_modality_lut, apply_voi_lut
-from pydicom.uid import ExplicitVRLittleEndian, RLELossless, SecondaryCaptureImageStorage, generate_uid
 
-from datamodules.files.dicom import apply_window, header_size, is_deep, read_deep, read_dicom, read_values, stretch
+from datamodules.files.dicom import (
+    apply_window,
+    dicom_size,
+    header_size,
+    is_deep,
+    read_deep,
+    read_dicom,
+    read_values,
+    stretch,
+)
 from medsynth.errors import UserError
-
-RAMP = np.arange(0, 4096, 16, dtype=np.uint16).reshape(8, 32)
-NOISE = np.random.default_rng(0).integers(0, 4096, (24, 20), np.uint16)
-
-
-def dicom(path: Path, pixels=RAMP, photometric="MONOCHROME2", compress=False, bits=12, **elements) -> Path:
-    """A DICOM file of these pixels with these elements besides."""
-    dataset = Dataset()
-    dataset.file_meta = FileMetaDataset()
-    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    dataset.SOPClassUID, dataset.SOPInstanceUID = SecondaryCaptureImageStorage, generate_uid()
-    if pixels is not None:
-        dataset.set_pixel_data(pixels, photometric, bits)
-    for name, value in elements.items():
-        setattr(dataset, name, value)
-    if compress:
-        dataset.compress(RLELossless)
-    dataset.save_as(path, enforce_file_format=True)
-    return path
-
-
-def lut(bits: int) -> Dataset:
-    """A VOI LUT that maps 0 … 4095 to the square root, in `bits` bits; one of 8 has a byte for each entry."""
-    table = Dataset()
-    table.LUTDescriptor = [4096, 0, bits]
-    table.add_new(
-        "LUTData",
-        "OW",
-        np.rint((2**bits - 1) * np.sqrt(np.arange(4096) / 4095)).astype("<u1" if bits == 8 else "<u2").tobytes(),
-    )
-    return table
-
-
-def level(unit: np.ndarray) -> np.ndarray:
-    return np.rint(255 * unit).astype(int)
-
-
-def shown(path: Path, window=None) -> np.ndarray:
-    picture = read_dicom(path, 10**6, window)
-    assert (picture[0] == picture[1]).all() and (picture[0] == picture[2]).all()
-    return picture[0].numpy().astype(int)
-
+from tests.dicom_files import NOISE, RAMP, dicom, level, lut, shown
 
 # Windows
 
@@ -100,7 +67,8 @@ def test_the_first_of_several_windows_counts(tmp_path):
 
 @pytest.mark.parametrize("bits", [8, 12, 16])
 def test_a_lut_goes_before_a_window(tmp_path, bits):
-    path = dicom(tmp_path / "a.dcm", VOILUTSequence=[lut(bits)], WindowCenter=10, WindowWidth=20)
+    table = lut(np.rint((2**bits - 1) * np.sqrt(np.arange(4096) / 4095)).astype(int), 0, bits)
+    path = dicom(tmp_path / "a.dcm", VOILUTSequence=[table], WindowCenter=10, WindowWidth=20)
     assert np.abs(shown(path) - level(np.sqrt(RAMP / 4095))).max() <= 1
 
 
@@ -114,7 +82,7 @@ def test_a_lut_beyond_its_ends_is_pydicoms(tmp_path):
     assert (shown(path) == level(apply_voi_lut(dataset.pixel_array, dataset) / 1023)).all()
 
 
-@pytest.mark.parametrize("elements", [{}, {"WindowCenter": 100, "WindowWidth": 0}, {"WindowCenter": 5}])
+@pytest.mark.parametrize("elements", [{}, {"WindowCenter": None, "WindowWidth": None}, {"WindowCenter": 5}])
 def test_without_a_window_the_configs_then_the_percentiles(tmp_path, elements):
     path = dicom(tmp_path / "a.dcm", RescaleSlope=1, RescaleIntercept=-1024, **elements)
     assert (shown(path, window=(500, 800)) == level(apply_window(RAMP.astype(int) - 1024, 500, 800))).all()
@@ -200,17 +168,17 @@ def damaged(folder: Path) -> dict[str, tuple[Path, str]]:
     packed = dicom(folder / "packed.dcm", NOISE, compress=True).read_bytes()
     (folder / "packed-cut.dcm").write_bytes(packed[: len(packed) // 2])
     dicom(folder / "frames.dcm", np.stack([NOISE, NOISE]))
-    dicom(folder / "colour.dcm", np.zeros((8, 8, 3), np.uint8), "RGB", bits=8)
+    dicom(folder / "colour.dcm", np.zeros((8, 8, 3), np.uint8), "RGB", bits=8, PhotometricInterpretation="HSV")
     dicom(folder / "report.dcm", None)
     dicom(folder / "large.dcm", np.zeros((40, 60), np.uint16))
     said = {
         "gone.dcm": "is missing",
-        "cut.dcm": "cannot be decoded (.*); copy it again from its source",
+        "cut.dcm": r"is cut off \(860 of 960 bytes of its pixels are there\): copy it again from its source",
         "head.dcm": "has no pixel data: it is cut off or no picture; copy it again from its source or leave it out",
         "packed-cut.dcm": "has no pixel data: it is cut off.*; copy it again from its source or leave it out",
         "text.dcm": "is no DICOM file: give it the suffix of what it is, or leave it out",
         "frames.dcm": "has 2 frames: save the one that is meant as a file of its own",
-        "colour.dcm": r"is a colour DICOM \(RGB\): save it as a grey one, or as PNG",
+        "colour.dcm": "is of the colours HSV, which nothing here reads: save it as RGB",
         "report.dcm": "has no pixel data: .*leave it out",
         "large.dcm": "has more than data.max_pixels=1000 pixels",
     }
@@ -225,15 +193,28 @@ def test_every_unsound_dicom_gets_one_line(tmp_path):
         assert "\n" not in str(error.value)
 
 
-def test_a_compression_without_a_decoder_is_named(tmp_path):
+@pytest.mark.parametrize(
+    ("syntax", "why"),
+    [
+        (
+            pydicom.uid.JPEGExtended12Bit,
+            "JPEG Extended .*: pip install pylibjpeg pylibjpeg-libjpeg, which can decode it",
+        ),
+        (
+            pydicom.uid.HTJ2KLossless,
+            "High-Throughput JPEG 2000 .*: pip install pylibjpeg pylibjpeg-openjpeg, which can.*",
+        ),
+        (pydicom.uid.MPEG2MPML, "MPEG2 .*, which nothing here reads: save it uncompressed"),
+    ],
+)
+def test_a_compression_without_a_decoder_is_named(tmp_path, syntax, why):
     path = dicom(tmp_path / "a.dcm", compress=True)
     dataset = pydicom.dcmread(path)
-    dataset.file_meta.TransferSyntaxUID = pydicom.uid.JPEGLSLossless
+    dataset.file_meta.TransferSyntaxUID = syntax
     dataset.save_as(path)
-    with pytest.raises(
-        UserError, match=r"a\.dcm cannot be decoded \(.*JPEG-LS.*\); pip install python-gdcm, which can$"
-    ):
-        read_dicom(path, 1000)
+    for ask in (read_dicom, dicom_size):
+        with pytest.raises(UserError, match=rf"a\.dcm is compressed as {why}$"):
+            ask(path, 1000)
 
 
 def test_unsound_grey_files_get_one_line(tmp_path):

@@ -1,0 +1,172 @@
+"""The elements of one DICOM file, asked for by keyword; what is not what it must be is refused in one line."""
+
+import math
+from collections.abc import MutableSequence, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from medsynth.errors import UserError
+
+if TYPE_CHECKING:
+    from pydicom.dataset import Dataset, FileDataset
+
+PIXELS = {0x7FE00008: "FloatPixelData", 0x7FE00009: "DoubleFloatPixelData", 0x7FE00010: "PixelData"}
+UNDEFINED = 0xFFFFFFFF
+"""Length of pixels in fragments, of which only reading them tells how long they are."""
+COPY = "copy it again from its source"
+
+_IMPLICIT, _EXPLICIT, _BIG_ENDIAN = "1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2"
+_DEFLATED = "1.2.840.10008.1.2.1.99"
+_NEEDED = ("Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation", "BitsAllocated")
+
+
+@dataclass(frozen=True)
+class Header:
+    """One file's elements.
+
+    dataset: pydicom's, with the pixels or without. pixels: keyword of the pixels' element.
+    held: bytes of them that the file has, `UNDEFINED` for fragments. syntax: UID of the transfer syntax.
+    """
+
+    path: Path
+    dataset: "FileDataset"
+    pixels: str
+    held: int
+    syntax: str
+
+    @property
+    def little_endian(self) -> bool:
+        return self.dataset.original_encoding[1] is not False
+
+    def fault(self, why: str) -> UserError:
+        return UserError(f"{self.path} {why}")
+
+    def scope(self, macro: str, *keywords: str) -> "Dataset":
+        """Where these elements stand: the functional group `macro`, of the frame or shared, that has any, or the file.
+
+        An enhanced object says in functional groups what others say at the top (PS3.3 C.7.6.16); of one frame, the
+        first item is the frame's.
+        """
+        for groups in ("PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsSequence"):
+            for group in (self.dataset.get(groups) or [])[:1]:
+                for item in (group.get(macro) or [])[:1]:
+                    if any(keyword in item for keyword in keywords):
+                        return item
+        return self.dataset
+
+    def values(self, keyword: str, scope: "Dataset | None" = None) -> list[Any] | None:
+        """The values of an element of the file or of `scope`: None where it is absent, [] where it is empty."""
+        dataset = self.dataset if scope is None else scope
+        if keyword not in dataset:
+            return None
+        try:
+            value = dataset[keyword].value
+        except Exception:  # a value that is not of its kind can fail anywhere on its way to Python
+            raise self._no_number(keyword, [dataset.get_item(keyword).value]) from None
+        if isinstance(value, MutableSequence):
+            return list(value)
+        return [] if value is None or value == "" else [value]
+
+    def numbers(self, keyword: str, scope: "Dataset | None" = None) -> list[float] | None:
+        """`values` as finite numbers.
+
+        Raises:
+            UserError: one of them is none.
+        """
+        values = self.values(keyword, scope)
+        try:
+            numbers = [float(value) for value in values or []]
+        except (TypeError, ValueError):
+            numbers = [math.nan]
+        if not all(map(math.isfinite, numbers)):
+            raise self._no_number(keyword, values or [])
+        return None if values is None else numbers
+
+    def number(self, keyword: str, scope: "Dataset | None" = None) -> float | None:
+        """The first of `numbers`; None where there is none.
+
+        Raises:
+            UserError: the element is there but empty.
+        """
+        numbers = self.numbers(keyword, scope)
+        if numbers is None:
+            return None
+        if not numbers:
+            raise self.fault(f"has an empty {keyword}: write its value, or {delete(keyword)}")
+        return numbers[0]
+
+    def whole(self, keyword: str) -> int:
+        """The element's whole number; raises UserError where there is none."""
+        number = self.number(keyword)
+        if number is None or number % 1:
+            raise self.fault(f"has no {keyword}: it is cut off or no picture; {COPY} or leave it out")
+        return int(number)
+
+    def text(self, keyword: str, scope: "Dataset | None" = None) -> str:
+        """The first of the element's texts, in capitals; "" where it is absent or empty."""
+        return str((self.values(keyword, scope) or [""])[0]).strip().upper()
+
+    def _no_number(self, keyword: str, values: Sequence[Any]) -> UserError:
+        texts = (value.decode("latin-1") if isinstance(value, bytes) else str(value) for value in values)
+        written = "\\".join(texts).strip("\0 ").split("\n")[0][:40]
+        return self.fault(f"has {keyword} '{written}', which is no number: correct it, or {delete(keyword)}")
+
+
+def delete(*keywords: str) -> str:
+    """How elements are deleted, with DCMTK's command, wherever in the file they stand."""
+    return f"delete it (`dcmodify {' '.join(f'-ea {keyword}' for keyword in keywords)}`)"
+
+
+def open_dicom(path: Path, pixels: bool = True) -> Header:
+    """A file's elements, up to its pixels and with them or without; its 128 leading bytes and "DICM" may be missing.
+
+    Raises:
+        UserError: the message starts with `path`: missing, no DICOM, cut off, no picture.
+    """
+    from pydicom.filereader import read_partial
+
+    found: dict[str, tuple[int, int]] = {}
+
+    def at_pixels(tag, vr, length: int) -> bool:
+        if tag in PIXELS:
+            found[PIXELS[tag]] = (length, path.stat().st_size - file.tell())
+        return tag in PIXELS and not pixels
+
+    marked = True
+    try:
+        with path.open("rb") as file:
+            marked = file.read(132)[128:] == b"DICM"
+            file.seek(0)
+            dataset = read_partial(file, at_pixels, force=True)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except Exception as error:  # a header that ends early or lies can fail anywhere
+        raise UserError(f"{path} cannot be read ({one_line(error)}); {COPY}" if marked else _none(path)) from error
+    keyword = next(iter(found), None)
+    if keyword is None or any(needed not in dataset for needed in (*_NEEDED, *[keyword] * pixels)):
+        nothing = f"{path} has no pixel data: it is cut off or no picture; {COPY} or leave it out"
+        raise UserError(nothing if marked else _none(path))
+    length, left = found[keyword]
+    syntax = _syntax(path, dataset, length)
+    whole = length == UNDEFINED or syntax == _DEFLATED  # which pydicom reads from memory, not from the file
+    return Header(path, dataset, keyword, length if whole else min(length, left), syntax)
+
+
+def _none(path: Path) -> str:
+    return f"{path} is no DICOM file: give it the suffix of what it is, or leave it out"
+
+
+def _syntax(path: Path, dataset: "FileDataset", length: int) -> str:
+    syntax = dataset.file_meta.get("TransferSyntaxUID")
+    if not syntax:  # of a file without its leading group; pydicom has found out how its elements are written
+        if length == UNDEFINED:
+            raise UserError(f"{path} does not say how its pixels are compressed (TransferSyntaxUID): {COPY}")
+        implicit, little = dataset.original_encoding
+        syntax = _IMPLICIT if implicit else _EXPLICIT if little else _BIG_ENDIAN
+    return str(syntax)
+
+
+def one_line(error: Exception) -> str:
+    """An error's message, of however many lines."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
