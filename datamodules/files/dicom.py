@@ -134,15 +134,21 @@ def read_dicom(path: Path, max_pixels: int, window: Sequence[float] | None = Non
 
 def _greys(header: Header, display: Display, cells: NDArray, window: Sequence[float] | None) -> NDArray[np.float64]:
     padding, values = display.padded(cells), display.cells.values(cells)
-    if display.cells.real and not np.isfinite(values[~padding]).all():
-        raise header.fault(
-            "has pixels that are no finite numbers: name them in FloatPixelPaddingValue, or leave it out"
-        )
-    values = display.rescaled(np.where(padding, 0, values))
+    if padding is not None:
+        values = np.where(padding, 0, values)
+    if display.cells.real and not np.isfinite(values).all():
+        raise header.fault("has pixels that are no finite numbers: name them in FloatPixelPaddingValue, or leave it out")
+    values = display.rescaled(values)
     if isinstance(display.voi, Lut):
         unit = display.voi(values) / display.voi.white
     elif display.voi:
         unit = apply_window(values, display.voi.centre, display.voi.width, display.voi.function)
+    elif window:
+        unit = apply_window(values, window[0], window[1])
     else:
-        unit = apply_window(values, window[0], window[1]) if window else stretch(values, ~padding)
-    return np.where(padding, 0.0, 1 - unit if display.inverted else unit)
+        unit = stretch(values, None if padding is None else ~padding)
+    if display.inverted:
+        unit = 1 - unit
+    if padding is not None:
+        unit[padding] = 0.0
+    return unit

@@ -7,6 +7,8 @@ if TYPE_CHECKING:
 
 RLE = "1.2.840.10008.1.2.5"
 _EXTENDED_JPEG = "1.2.840.10008.1.2.4.51"
+BYTES = ("1.2.840.10008.1.2.4.50", _EXTENDED_JPEG)
+"""Syntaxes that Pillow decodes to a byte a value, also where the file has cells of 16 bits."""
 _LOSSLESS_JPEG = ("1.2.840.10008.1.2.4.57", "1.2.840.10008.1.2.4.70")
 _JPEG_LS = ("1.2.840.10008.1.2.4.80", "1.2.840.10008.1.2.4.81")
 _JPEG_2000 = ("1.2.840.10008.1.2.4.90", "1.2.840.10008.1.2.4.91")

@@ -125,21 +125,22 @@ class Display:
     padding: Range | None
     palette: tuple[Lut, ...] | None
 
-    def padded(self, cells: NDArray) -> NDArray[np.bool_]:
-        """Which pixels are padding; none where all would be."""
-        low, high = self.padding or (math.inf, -math.inf)
+    def padded(self, cells: NDArray) -> NDArray[np.bool_] | None:
+        """Which pixels are padding; None: none, as where all would be."""
+        if self.padding is None:
+            return None
+        low, high = self.padding
         least, most = self.cells.range
         # Some devices pad with a value that the stored bits cannot hold: it is in the whole cell.
         values = self.cells.values(cells) if least <= low and high <= most else cells
         padded = np.isnan(values) if math.isnan(low) else (values >= low) & (values <= high)
-        return padded if not padded.all() else np.zeros_like(padded)
+        return None if padded.all() else padded
 
     def rescaled(self, values: NDArray) -> NDArray:
         """Stored values as the modality means them."""
         if isinstance(self.modality, Lut):
             return self.modality(values)
-        slope, intercept = self.modality
-        return values * slope + intercept
+        return values if self.modality == (1, 0) else values * self.modality[0] + self.modality[1]
 
 
 def read_display(header: Header, max_pixels: int) -> Display:
@@ -245,8 +246,12 @@ def _check_decoder(header: Header, cells: Cells, photometric: str) -> None:
 
 def _check_length(header: Header, values: int, cells: Cells, photometric: str) -> None:
     """Refuse uncompressed pixels that are cut off, or are those of several frames."""
-    if header.held == UNDEFINED:
+    from pydicom.uid import UID
+
+    if UID(header.syntax).is_encapsulated:
         return
+    if header.held == UNDEFINED:
+        raise header.fault(f"says that its pixels are not compressed (TransferSyntaxUID), but they are: {COPY}")
     needed = math.ceil(values * cells.allocated / 8)
     if photometric == "YBR_FULL_422":
         needed = needed // 3 * 2
@@ -354,6 +359,6 @@ def _inverted(header: Header, photometric: str) -> bool:
             f"has PresentationLUTShape {shape}, which nothing here shows: {delete('PresentationLUTShape')}"
         )
     if shape == "IDENTITY" and photometric == "MONOCHROME1":  # viewers follow the one or the other
-        mend = "`dcmodify -ea PresentationLUTShape` for the first, `dcmodify -m PhotometricInterpretation=MONOCHROME2`"
-        raise header.fault(f"says both that low is bright (MONOCHROME1) and that it is dark (IDENTITY): {mend}")
+        said = "both that low is bright (PhotometricInterpretation) and that it is dark (PresentationLUTShape)"
+        raise header.fault(f"says {said}: correct the one that is wrong (`dcmodify -m PresentationLUTShape=INVERSE`)")
     return photometric == "MONOCHROME1" or shape == "INVERSE"

@@ -144,9 +144,10 @@ def open_dicom(path: Path, pixels: bool = True) -> Header:
     except Exception as error:  # a header that ends early or lies can fail anywhere
         raise UserError(f"{path} cannot be read ({one_line(error)}); {COPY}" if marked else _none(path)) from error
     keyword = next(iter(found), None)
-    if keyword is None or any(needed not in dataset for needed in (*_NEEDED, *[keyword] * pixels)):
-        nothing = f"{path} has no pixel data: it is cut off or no picture; {COPY} or leave it out"
-        raise UserError(nothing if marked else _none(path))
+    if not marked and (keyword is None or any(needed not in dataset for needed in _NEEDED)):
+        raise UserError(_none(path))
+    if keyword is None or (pixels and keyword not in dataset):
+        raise UserError(f"{path} has no pixel data: it is cut off or no picture; {COPY} or leave it out")
     length, left = found[keyword]
     syntax = _syntax(path, dataset, length)
     whole = length == UNDEFINED or syntax == _DEFLATED  # which pydicom reads from memory, not from the file

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from datamodules.files.dicom_codec import fault, plugin
+from datamodules.files.dicom_codec import BYTES, fault, plugin
 from datamodules.files.dicom_display import COLOURS, PALETTE, Display, samples
 from datamodules.files.dicom_header import COPY, Header
 
@@ -31,8 +31,10 @@ def decode(header: Header, display: Display) -> NDArray:
         frame = get_frame(header.dataset.PixelData, 0, number_of_frames=1)
         if why := fault(frame, header.syntax, display.rows, display.columns, channels):
             raise header.fault(f"cannot be decoded ({why}); {COPY}")
-        options["decoding_plugin"] = plugin(decoder, channels, bits.stored)
-        if options["decoding_plugin"] == "gdcm" and bits.allocated == 8:
+        options["decoding_plugin"] = name = plugin(decoder, channels, bits.stored)
+        if name == "pillow" and header.syntax in BYTES:
+            options["bits_allocated"] = 8
+        if name == "gdcm" and bits.allocated == 8:
             options["bits_stored"] = 8  # asked for fewer bits of lossless JPEG, GDCM ends its process
     cells, decoded = decoder.as_array(header.dataset, raw=not colour, **options)
     if "bits_stored" in options:

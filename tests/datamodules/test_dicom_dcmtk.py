@@ -6,6 +6,7 @@ and scales only when it is asked to.
 """
 
 import os
+import re
 import shutil
 import subprocess
 from io import BytesIO
@@ -138,6 +139,30 @@ def test_compressions_are_dcmtks(dcmtk, tmp_path, depth):
         assert dicom_size(tmp_path / "b.dcm", 10**6)[0] == (48, 40), name
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_greys_are_the_same_in_other_orders_of_bytes(dcmtk, tmp_path, name):
+    pixels, photometric, elements, _ = CASES[name]
+    plain = dicom(tmp_path / "a.dcm", pixels, photometric, 16 if name == "HighBit" else 12, **elements)
+    for syntax in ("+ti", "+tb"):  # implicit, where signs are guessed; big-endian
+        run("dcmconv", syntax, plain, tmp_path / "b.dcm")
+        assert (shown(tmp_path / "b.dcm") == shown(plain)).all(), syntax
+
+
+def test_the_mends_are_commands(dcmtk, tmp_path):
+    window = {"WindowCenter": 100, "WindowWidth": 50}
+    for elements in (
+        {"RescaleSlope": 0, "RescaleIntercept": 0},
+        window | {"WindowWidth": 0},
+        {"PixelSpacing": [0, 1]},
+        {"PresentationLUTShape": "LIN OD"},
+    ):
+        path = dicom(tmp_path / "a.dcm", **elements)
+        with pytest.raises(UserError) as error:
+            shown(path)
+        run(*re.findall(r"`(.*?)`", str(error.value))[0].split(), "--no-backup", path)
+        assert shown(path).max() == 255
+
+
 @pytest.mark.parametrize("bits", [1, 4, 6, 7])
 def test_compressions_of_fewer_bits_than_a_byte(dcmtk, tmp_path, bits):
     """Of which some decoders that pydicom has end their process, and others know nothing."""
@@ -147,6 +172,16 @@ def test_compressions_of_fewer_bits_than_a_byte(dcmtk, tmp_path, bits):
     for encoder in (["dcmcjpeg", "+e1"], ["dcmcjpls", "+el"]):
         run(*encoder, plain, tmp_path / "b.dcm")
         assert (shown(tmp_path / "b.dcm") == shown(plain)).all(), encoder
+
+
+def test_jpeg_of_bytes_in_cells_of_16_bits(dcmtk, tmp_path):
+    plain = source(tmp_path / "a.dcm", "8 bits")
+    run("dcmcjpeg", "+eb", "+q", "95", plain, tmp_path / "b.dcm")
+    expected = shown(tmp_path / "b.dcm")
+    made = pydicom.dcmread(tmp_path / "b.dcm")
+    made.BitsAllocated = 16
+    made.save_as(tmp_path / "b.dcm")
+    assert (shown(tmp_path / "b.dcm") == expected).all()
 
 
 def test_colours_are_dcmtks(dcmtk, tmp_path):
