@@ -120,14 +120,15 @@ def read_dicom(path: Path, max_pixels: int, window: Sequence[float] | None = Non
     display = read_display(header, max_pixels)
     try:
         cells = decode(header, display)
+        if display.photometric in GREY:
+            picture = to_rgb(_greys(header, display, cells, window))
+        else:
+            unit = colours(header, display, cells)
+            picture = torch.from_numpy(np.rint(255 * unit).astype(np.uint8)).permute(2, 0, 1)
     except UserError:
         raise
     except Exception as error:  # pydicom's decoders answer damaged bytes with errors of almost any kind
         raise UserError(f"{path} cannot be decoded ({one_line(error)}); {COPY}") from error
-    if display.photometric in GREY:
-        picture = to_rgb(_greys(header, display, cells, window))
-    else:
-        picture = torch.from_numpy(np.rint(255 * colours(header, display, cells)).astype(np.uint8)).permute(2, 0, 1)
     size = list(display.size[::-1])
     return picture.contiguous() if list(picture.shape[1:]) == size else resize(picture, size, antialias=True)
 
@@ -137,7 +138,9 @@ def _greys(header: Header, display: Display, cells: NDArray, window: Sequence[fl
     if padding is not None:
         values = np.where(padding, 0, values)
     if display.cells.real and not np.isfinite(values).all():
-        raise header.fault("has pixels that are no finite numbers: name them in FloatPixelPaddingValue, or leave it out")
+        raise header.fault(
+            "has pixels that are no finite numbers: name them in FloatPixelPaddingValue, or leave it out"
+        )
     values = display.rescaled(values)
     if isinstance(display.voi, Lut):
         unit = display.voi(values) / display.voi.white

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datamodules.files.dicom_codec import RLE, packages, plugin
-from datamodules.files.dicom_header import COPY, UNDEFINED, Header, delete
+from datamodules.files.dicom_header import COPY, UNDEFINED, Header, delete, printable
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
@@ -159,6 +159,7 @@ def read_display(header: Header, max_pixels: int) -> Display:
     frames = (header.numbers("NumberOfFrames") or [1])[0] or 1  # some write 0 for a single one
     if frames != 1:
         raise header.fault(f"has {frames:.0f} frames: save the one that is meant as a file of its own")
+    _check_syntax(header)
     photometric, cells = _photometric(header), _cells(header)
     _check_decoder(header, cells, photometric)
     _check_length(header, rows * columns * samples(photometric), cells, photometric)
@@ -169,11 +170,8 @@ def read_display(header: Header, max_pixels: int) -> Display:
         modality = _modality(header, cells)
         voi, padding = _voi(header, modality, cells), _padding(header, cells)
         inverted = _inverted(header, photometric)
-    elif photometric == PALETTE and "RedPaletteColorLookupTableData" in header.dataset:
-        palette = tuple(
-            _lut(header, header.dataset, f"{colour}PaletteColorLookupTable", cells.range)
-            for colour in ("Red", "Green", "Blue")
-        )
+    elif photometric == PALETTE:
+        palette = _palette(header, cells)
     return Display(rows, columns, size, photometric, cells, modality, voi, inverted, padding, palette)
 
 
@@ -205,7 +203,9 @@ def samples(photometric: str) -> int:
 def _photometric(header: Header) -> str:
     photometric, given = header.text("PhotometricInterpretation"), header.whole("SamplesPerPixel")
     if photometric not in (*GREY, PALETTE, *COLOURS):
-        raise header.fault(f"is of the colours {photometric or '(none)'}, which nothing here reads: save it as RGB")
+        raise header.fault(
+            f"is of the colours {printable(photometric) or '(none)'}, which nothing here reads: save it as RGB"
+        )
     if given != samples(photometric):
         raise header.fault(f"says {photometric} with {given} values a pixel (SamplesPerPixel): {COPY}")
     if header.text("PixelPresentation") in ("COLOR", "MIXED") and photometric in GREY:
@@ -228,16 +228,23 @@ def _cells(header: Header) -> Cells:
     return Cells(allocated, stored, high, signed=sign == 1, native=not syntax.is_encapsulated or syntax == RLE)
 
 
+def _check_syntax(header: Header) -> None:
+    from pydicom.pixels import get_decoder
+    from pydicom.uid import UID
+
+    try:
+        get_decoder(UID(header.syntax))
+    except NotImplementedError:
+        name = printable(UID(header.syntax).name)
+        raise header.fault(f"is compressed as {name}, which nothing here reads: save it uncompressed") from None
+
+
 def _check_decoder(header: Header, cells: Cells, photometric: str) -> None:
     from pydicom.pixels import get_decoder
     from pydicom.uid import UID
 
     syntax = UID(header.syntax)
-    try:
-        decoder = get_decoder(syntax)
-    except NotImplementedError:
-        raise header.fault(f"is compressed as {syntax.name}, which nothing here reads: save it uncompressed") from None
-    if syntax.is_encapsulated and not plugin(decoder, samples(photometric), cells.stored):
+    if syntax.is_encapsulated and not plugin(get_decoder(syntax), samples(photometric), cells.stored):
         mend = f"pip install {packages(syntax)}, which can decode it"
         raise header.fault(f"is compressed as {syntax.name} of {cells.stored} bits: {mend}")
     if not cells.native and cells.high != cells.stored - 1:
@@ -265,7 +272,7 @@ def _modality(header: Header, cells: Cells) -> Lut | tuple[float, float]:
     """The modality's table, or slope and intercept (C.11.1)."""
     keys = ("RescaleSlope", "RescaleIntercept")
     scope = header.scope("PixelValueTransformationSequence", *keys)
-    table = (scope.get("ModalityLUTSequence") or [None])[0]
+    table = header.item("ModalityLUTSequence", scope)
     if table is not None:
         return _lut(header, table, "LUT", cells.range, "ModalityLUTSequence: ")
     slope, intercept = (header.number(key, scope) for key in keys)
@@ -280,7 +287,7 @@ def _voi(header: Header, modality: Lut | tuple[float, float], cells: Cells) -> L
     """The first table or else the first window (C.11.2)."""
     keys = ("WindowCenter", "WindowWidth")
     scope = header.scope("FrameVOILUTSequence", *keys, "VOILUTSequence")
-    table = (scope.get("VOILUTSequence") or [None])[0]
+    table = header.item("VOILUTSequence", scope)
     if table is not None:
         return _lut(header, table, "LUT", _reached(modality, cells), "VOILUTSequence: ")
     centres, widths = (header.numbers(key, scope) for key in keys)
@@ -289,7 +296,9 @@ def _voi(header: Header, modality: Lut | tuple[float, float], cells: Cells) -> L
     function = header.text("VOILUTFunction", scope) or "LINEAR"
     if function not in FUNCTIONS:
         choices = ", ".join(FUNCTIONS)
-        raise header.fault(f"has VOILUTFunction {function}, not one of {choices}: {delete('VOILUTFunction')}")
+        raise header.fault(
+            f"has VOILUTFunction {printable(function)}, not one of {choices}: {delete('VOILUTFunction')}"
+        )
     # LINEAR takes whole numbers, of which a window of less than 1 shows none. Where values lie closer, none of its
     # halves of one is meant.
     close = cells.real or (isinstance(modality, tuple) and abs(modality[0]) < 1)
@@ -337,6 +346,14 @@ def _first(value: int, entries: int, inputs: Range) -> int:
     return next(met, readings[0])
 
 
+def _palette(header: Header, cells: Cells) -> tuple[Lut, ...] | None:
+    """The tables of red, green and blue; None where they lie there in segments."""
+    names = [f"{colour}PaletteColorLookupTable" for colour in ("Red", "Green", "Blue")]
+    if all(header.values(f"Segmented{name}Data") and header.values(f"{name}Descriptor") for name in names):
+        return None
+    return tuple(_lut(header, header.dataset, name, cells.range) for name in names)
+
+
 def _padding(header: Header, cells: Cells) -> Range | None:
     """What lies outside of the picture proper, from and to, in stored values (C.7.5.1.1.2)."""
     ends = []
@@ -356,7 +373,7 @@ def _inverted(header: Header, photometric: str) -> bool:
     shape = header.text("PresentationLUTShape")
     if shape not in ("", "IDENTITY", "INVERSE"):
         raise header.fault(
-            f"has PresentationLUTShape {shape}, which nothing here shows: {delete('PresentationLUTShape')}"
+            f"has PresentationLUTShape {printable(shape)}, which nothing here shows: {delete('PresentationLUTShape')}"
         )
     if shape == "IDENTITY" and photometric == "MONOCHROME1":  # viewers follow the one or the other
         said = "both that low is bright (PhotometricInterpretation) and that it is dark (PresentationLUTShape)"

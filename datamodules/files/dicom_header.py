@@ -18,6 +18,7 @@ COPY = "copy it again from its source"
 
 _IMPLICIT, _EXPLICIT, _BIG_ENDIAN = "1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2"
 _DEFLATED = "1.2.840.10008.1.2.1.99"
+_NUMBERS = {"DS", "IS", "US", "SS", "US or SS", "FL", "FD"}
 _NEEDED = ("Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation", "BitsAllocated")
 
 
@@ -49,21 +50,33 @@ class Header:
         first item is the frame's.
         """
         for groups in ("PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsSequence"):
-            for group in (self.dataset.get(groups) or [])[:1]:
-                for item in (group.get(macro) or [])[:1]:
-                    if any(keyword in item for keyword in keywords):
-                        return item
+            group = self.item(groups)
+            item = None if group is None or not macro else self.item(macro, group)
+            if item is not None and any(keyword in item for keyword in keywords):
+                return item
         return self.dataset
+
+    def item(self, keyword: str, scope: "Dataset | None" = None) -> "Dataset | None":
+        """The first item of a sequence; None where it is absent or empty."""
+        from pydicom.dataset import Dataset
+
+        items = self.values(keyword, scope)
+        if items and not isinstance(items[0], Dataset):
+            raise self._unread(keyword, items[:1], "cannot be read")
+        return items[0] if items else None
 
     def values(self, keyword: str, scope: "Dataset | None" = None) -> list[Any] | None:
         """The values of an element of the file or of `scope`: None where it is absent, [] where it is empty."""
+        from pydicom.datadict import dictionary_VR
+
         dataset = self.dataset if scope is None else scope
         if keyword not in dataset:
             return None
         try:
             value = dataset[keyword].value
         except Exception:  # a value that is not of its kind can fail anywhere on its way to Python
-            raise self._no_number(keyword, [dataset.get_item(keyword).value]) from None
+            kind = "is no number" if dictionary_VR(keyword) in _NUMBERS else "cannot be read"
+            raise self._unread(keyword, _as_written(dataset, keyword), kind) from None
         if isinstance(value, MutableSequence):
             return list(value)
         return [] if value is None or value == "" else [value]
@@ -80,7 +93,7 @@ class Header:
         except (TypeError, ValueError):
             numbers = [math.nan]
         if not all(map(math.isfinite, numbers)):
-            raise self._no_number(keyword, values or [])
+            raise self._unread(keyword, values or [], "is no number")
         return None if values is None else numbers
 
     def number(self, keyword: str, scope: "Dataset | None" = None) -> float | None:
@@ -107,10 +120,16 @@ class Header:
         """The first of the element's texts, in capitals; "" where it is absent or empty."""
         return str((self.values(keyword, scope) or [""])[0]).strip().upper()
 
-    def _no_number(self, keyword: str, values: Sequence[Any]) -> UserError:
-        texts = (value.decode("latin-1") if isinstance(value, bytes) else str(value) for value in values)
-        written = "\\".join(texts).strip("\0 ").split("\n")[0][:40]
-        return self.fault(f"has {keyword} '{written}', which is no number: correct it, or {delete(keyword)}")
+    def _unread(self, keyword: str, values: Sequence[Any], why: str) -> UserError:
+        written = "\\".join(v.decode("latin-1") if isinstance(v, bytes) else str(v) for v in values).strip("\0 ")
+        return self.fault(f"has {keyword} '{printable(written)}', which {why}: correct it, or {delete(keyword)}")
+
+
+def _as_written(dataset: "Dataset", keyword: str) -> list[Any]:
+    try:
+        return [dataset.get_item(keyword).value]
+    except Exception:  # of no known kind, pydicom refuses even its bytes
+        return ["?"]
 
 
 def delete(*keywords: str) -> str:
@@ -166,6 +185,11 @@ def _syntax(path: Path, dataset: "FileDataset", length: int) -> str:
         implicit, little = dataset.original_encoding
         syntax = _IMPLICIT if implicit else _EXPLICIT if little else _BIG_ENDIAN
     return str(syntax)
+
+
+def printable(text: str) -> str:
+    """The beginning of what a file says, in one line."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text[:40])
 
 
 def one_line(error: Exception) -> str:

@@ -1,6 +1,7 @@
 """DICOM as a viewer shows it: by hand, by a closed form over whatever combines, and one line for what cannot be."""
 
 import re
+from io import BytesIO
 
 import numpy as np
 import pydicom
@@ -449,3 +450,44 @@ def test_numbers_that_are_none_are_told_as_they_stand_there(tmp_path):
     made.save_as(tmp_path / "a.dcm", enforce_file_format=True)
     with pytest.raises(UserError, match="a.dcm has RescaleSlope '0,5', which is no number: correct it, or delete it"):
         read_dicom(tmp_path / "a.dcm", 10**6)
+
+
+@pytest.fixture(scope="module")
+def whole() -> list[bytes]:
+    """Files of all that a header may say."""
+    rescale = item(RescaleSlope=2, RescaleIntercept=-1024, RescaleType="HU")
+    groups = group(
+        PixelValueTransformationSequence=rescale,
+        FrameVOILUTSequence=item(WindowCenter=0, WindowWidth=2000),
+        PixelMeasuresSequence=item(PixelSpacing=[0.5, 0.4]),
+    )
+    tables = {"VOILUTSequence": [lut(np.arange(100), 5, 12)], "ModalityLUTSequence": [lut(np.arange(50), 5, 8)]}
+    top = {"WindowCenter": [1, 2], "WindowWidth": [10, 20], "VOILUTFunction": "LINEAR", "PixelPaddingValue": 3}
+    files = []
+    for made in (
+        dataset(**top),
+        dataset(**tables),
+        dataset(SharedFunctionalGroupsSequence=groups),
+        dataset(RGB, "RGB", 8),
+    ):
+        made.save_as(file := BytesIO(), enforce_file_format=True)
+        files.append(file.getvalue())
+    return files
+
+
+@pytest.mark.filterwarnings("ignore")
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    index=st.integers(0, 3), places=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=3)
+)
+def test_damaged_headers_are_read_or_get_one_line(tmp_path, whole, index, places):
+    data = bytearray(whole[index])
+    for place, byte in places:
+        data[128 + int(place * (min(len(data), 1100) - 129))] = byte
+    path = tmp_path / "a.dcm"
+    path.write_bytes(data)
+    for ask in (dicom_size, read_dicom):
+        try:
+            ask(path, 10**6)
+        except UserError as error:
+            assert str(error).startswith(f"{path} ") and "\n" not in str(error)
