@@ -1,4 +1,4 @@
-"""Grey pictures by their stored values: masks, and DICOM files and 16-bit PNG or TIFF brought into [0, 1] by a window.
+"""DICOM files as a viewer shows them, and the window that brings stored values into [0, 1].
 
 A window says which values are shown: `centre` in the middle of the greys, `width` from black to white.
 """
@@ -9,14 +9,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import ExifTags
 from torch import Tensor
 from torchvision.transforms.v2.functional import resize
 
 from datamodules.files.dicom_display import GREY, Display, Lut, read_display
 from datamodules.files.dicom_header import COPY, Header, one_line, open_dicom
 from datamodules.files.dicom_pixels import colours, decode
-from datamodules.files.images import MOST_PIXELS, _opened
 from medsynth.errors import UserError
 
 DICOM_SUFFIXES = frozenset({".dcm", ".dicom"})
@@ -47,51 +45,6 @@ def stretch(values: NDArray, counted: NDArray[np.bool_] | None = None) -> NDArra
 def to_rgb(unit: NDArray) -> Tensor:
     """Grey (H, W) in [0, 1] -> uint8 (3, H, W)."""
     return torch.from_numpy(np.rint(255 * unit).astype(np.uint8)).expand(3, -1, -1).contiguous()
-
-
-def read_values(path: Path, max_pixels: int) -> NDArray:
-    """The stored values (H, W) of a grey picture file: bool, uint8 or uint16; of a palette, the indices.
-
-    Raises:
-        UserError: the message starts with `path`: missing, undecodable, more than `max_pixels` pixels, colour.
-    """
-    with _opened(path, str(path), max_pixels) as image:
-        values = np.asarray(image)
-    if values.ndim == 3 and values.shape[2] == 3 and (values == values[..., :1]).all():
-        values = values[..., 0]
-    if values.ndim != 2 or values.dtype not in (np.bool_, np.uint8, np.uint16):
-        raise UserError(f"{path} is no grey picture of 1, 8 or 16 bits: save it as one")
-    return values
-
-
-def is_deep(path: Path) -> bool:
-    """Whether a PNG or TIFF holds 16-bit grey, by its header; raises UserError where that cannot be read."""
-    with _opened(path, str(path), MOST_PIXELS) as image:
-        return image.mode.startswith("I;16")
-
-
-def header_size(path: Path) -> tuple[int, int]:
-    """(width, height), upright, of a DICOM or other picture file, by the header alone.
-
-    Raises:
-        UserError: the message starts with `path`: missing, or no picture.
-    """
-    if path.suffix.lower() in DICOM_SUFFIXES:
-        return dicom_size(path, MOST_PIXELS)[0]
-    with _opened(path, str(path), MOST_PIXELS) as image:
-        # Asked for the EXIF fields of a PNG that has none yet, Pillow decodes it all to look behind the pixels.
-        exif = image.getexif() if image.format != "PNG" or "exif" in image.info else {}
-        return image.size[::-1] if exif.get(ExifTags.Base.Orientation, 1) >= 5 else image.size
-
-
-def read_deep(path: Path, max_pixels: int, window: Sequence[float] | None) -> Tensor:
-    """A 16-bit grey PNG or TIFF through `window` (centre, width) or else its percentiles: uint8 (3, H, W).
-
-    Raises:
-        UserError: as `read_values`.
-    """
-    values = read_values(path, max_pixels)
-    return to_rgb(apply_window(values, window[0], window[1]) if window else stretch(values))
 
 
 def dicom_size(path: Path, max_pixels: int) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -3,21 +3,17 @@
 Between the functions a picture is a tensor (3, H, W): uint8 as read, float32 in [0, 1] where said.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from datamodules.files import raster
-from datamodules.files.raster import MOST_PIXELS as MOST_PIXELS
 from datamodules.files.raster import Show, show_full
 from medsynth.errors import UserError
 
@@ -87,23 +83,6 @@ def check_header(file: Path | BinaryIO, name: str, max_pixels: int) -> None:
     """Read no more than the header; raises UserError where that shows what `read_rgb` would refuse."""
     with raster.opened(file, name, max_pixels):
         pass
-
-
-@contextmanager
-def _opened(file: Path | BinaryIO, name: str, max_pixels: int) -> Iterator[Image.Image]:
-    try:
-        with Image.open(file) as image:
-            if image.width * image.height > max_pixels:
-                raise Image.DecompressionBombError
-            yield image
-    except FileNotFoundError:
-        raise UserError(f"{name} is missing") from None
-    except UnidentifiedImageError:
-        raise UserError(f"{name} is no picture of a known format") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise UserError(f"{name} has more than data.max_pixels={max_pixels} pixels") from None
-    except Exception as error:  # Pillow's decoders answer damaged bytes with errors of almost any kind
-        raise UserError(f"{name} cannot be decoded ({error or type(error).__name__})") from error
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from datamodules.files.dicom import DICOM_SUFFIXES, apply_window, header_size, read_dicom, stretch
+from datamodules.files.dicom import DICOM_SUFFIXES, apply_window, dicom_size, read_dicom, stretch
 from datamodules.files.images import Geometry, read_rgb
 from datamodules.files.raster import Show, show_full, show_range, upright_size
 from medsynth.errors import UserError
@@ -51,7 +51,9 @@ def picture_size(path: Path, max_pixels: int) -> tuple[int, int]:
     Raises:
         UserError: the message starts with `path`: missing, or no picture that can be read.
     """
-    return header_size(path) if path.suffix.lower() in DICOM_SUFFIXES else upright_size(path, max_pixels)
+    if path.suffix.lower() in DICOM_SUFFIXES:
+        return dicom_size(path, max_pixels)[0]
+    return upright_size(path, max_pixels)
 
 
 def shown_by(sixteen_bit: str, window: Sequence[float] | None) -> Show:

@@ -10,16 +10,9 @@ from PIL import Image
 from pydicom.dataset import Dataset
 from pydicom.pixels import apply_modality_lut, apply_voi_lut
 
-from datamodules.files.dicom import (
-    apply_window,
-    dicom_size,
-    header_size,
-    is_deep,
-    read_deep,
-    read_dicom,
-    read_values,
-    stretch,
-)
+from datamodules.files.dicom import apply_window, dicom_size, read_dicom, stretch
+from datamodules.files.pictures import picture_size, read_picture
+from datamodules.files.raster import read_grey
 from medsynth.errors import UserError
 from tests.dicom_files import NOISE, RAMP, dicom, level, lut, shown
 
@@ -123,13 +116,12 @@ def test_compressed_pixels(tmp_path):
 def test_16_bit_files_by_window_and_by_percentile(tmp_path):
     for name in ("a.png", "a.tif"):
         Image.fromarray(NOISE).save(tmp_path / name)
-        assert is_deep(tmp_path / name) and header_size(tmp_path / name) == (20, 24)
-        windowed = read_deep(tmp_path / name, 10**6, (2000, 1000))
+        assert picture_size(tmp_path / name, 10**6) == (20, 24)
+        windowed = read_picture(tmp_path / name, 10**6, 0, "window", (2000, 1000))
         assert windowed.shape == (3, 24, 20)
         assert (windowed[2].numpy() == level(apply_window(NOISE, 2000, 1000))).all()
-        assert (read_deep(tmp_path / name, 10**6, None)[0].numpy() == level(stretch(NOISE))).all()
-    Image.fromarray((NOISE // 16).astype(np.uint8)).save(tmp_path / "b.png")
-    assert not is_deep(tmp_path / "b.png")
+        stretched = read_picture(tmp_path / name, 10**6, 0, "window")
+        assert (stretched[0].numpy() == level(stretch(NOISE))).all()
 
 
 def test_stored_values_of_every_grey_mode(tmp_path):
@@ -146,15 +138,15 @@ def test_stored_values_of_every_grey_mode(tmp_path):
     }
     for name, (image, expected) in files.items():
         image.save(tmp_path / name)
-        assert read_values(tmp_path / name, 100).tolist() == expected.tolist(), name
+        assert read_grey(tmp_path / name, 100)[0].tolist() == expected.tolist(), name
 
 
 def test_the_header_tells_the_upright_size(tmp_path):
     turned = Image.Exif()
     turned[0x0112] = 6
     Image.new("L", (30, 20)).save(tmp_path / "a.jpg", exif=turned)
-    assert header_size(tmp_path / "a.jpg") == (20, 30)
-    assert header_size(dicom(tmp_path / "a.dcm")) == (32, 8)
+    assert picture_size(tmp_path / "a.jpg", 10**6) == (20, 30)
+    assert picture_size(dicom(tmp_path / "a.dcm"), 10**6) == (32, 8)
 
 
 # Faults
@@ -215,20 +207,3 @@ def test_a_compression_without_a_decoder_is_named(tmp_path, syntax, why):
     for ask in (read_dicom, dicom_size):
         with pytest.raises(UserError, match=rf"a\.dcm is compressed as {why}$"):
             ask(path, 1000)
-
-
-def test_unsound_grey_files_get_one_line(tmp_path):
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (9, 9, 3), np.uint8)).save(tmp_path / "colour.png")
-    Image.fromarray(np.ones((9, 9), np.float32)).save(tmp_path / "float.tif")
-    Image.fromarray(NOISE).save(tmp_path / "whole.png")
-    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:400])
-    said = {
-        "colour.png": "is no grey picture of 1, 8 or 16 bits: save it as one",
-        "float.tif": "is no grey picture of 1, 8 or 16 bits",
-        "gone.png": "is missing",
-        "cut.png": "cannot be decoded",
-        "whole.png": "has more than data.max_pixels=100 pixels",
-    }
-    for name, why in said.items():
-        with pytest.raises(UserError, match=f"^{re.escape(str(tmp_path / name))} {why}"):
-            read_values(tmp_path / name, 100 if name == "whole.png" else 10**6)
