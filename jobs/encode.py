@@ -55,6 +55,7 @@ def encode(config: "DictConfig", out: Path, variants: int = 1, batch_size: int =
     from datamodules.cached import identity
     from datamodules.files.latents import TEXT, VALIDATION, CacheWriter, variant_part
     from jobs.run.folder import build_source
+    from medsynth.owner import Owner
 
     module = _build(config)
     data, _ = build_source(config)
@@ -65,19 +66,20 @@ def encode(config: "DictConfig", out: Path, variants: int = 1, batch_size: int =
     fabric = _launch(config.hardware)
     _draw(fabric, module.to(fabric.device).eval(), data, config.evaluation.batch_size)
     writer = CacheWriter(out, identity(data, digests) | shared)
-    if fabric.is_global_zero:
-        writer.begin()
-    fabric.barrier()
-
     rows = {variant_part(k): len(data.training_set()) for k in range(variants)}
     rows[VALIDATION] = len(data.validation_set())
     captions = [] if digests["text"] is None else data.all_captions()
     rows |= {TEXT: len(captions)} if captions else {}
-    _write_shards(fabric, writer, rows, _Encoders(module, fabric.autocast, batch_size), data, captions)
-    fabric.barrier()
-    if fabric.is_global_zero:
-        writer.finish(rows)
-        click.echo(f"{', '.join(f'{length} {part}' for part, length in rows.items())} in {out}")
+    with Owner(out, "--out", fabric.is_global_zero) as owner:
+        owner.claim()
+        if fabric.is_global_zero:
+            writer.begin()
+        fabric.barrier()
+        _write_shards(fabric, writer, rows, _Encoders(module, fabric.autocast, batch_size), data, captions)
+        fabric.barrier()
+        if fabric.is_global_zero:
+            writer.finish(rows)
+            click.echo(f"{', '.join(f'{length} {part}' for part, length in rows.items())} in {out}")
 
 
 def _build(config: "DictConfig") -> "LatentDiffusion":

@@ -45,8 +45,11 @@ def main(
     """
     if sum(given is not None for given in (prompts, prompt, labels, validation)) != 1:
         raise UserError("give one of --prompts FILE, --prompt TEXT, --labels NAMES and --validation COUNT")
-    from jobs.run.folder import load_run, pick_device
+    from jobs.run.checks import check_steps
+    from jobs.run.folder import load_run, pick_device, read_config
+    from medsynth.owner import Owner
 
+    check_steps(read_config(run_dir), "--steps", steps)
     listed = [prompt] * count if prompt is not None else _read_prompts(prompts) if prompts else []
     module, config = load_run(run_dir, checkpoint)
     _require(module, "labels" if labels else "captions", validation, f"{run_dir}: {config.method}")
@@ -58,13 +61,14 @@ def main(
     facts = {"method": config.method, "steps": str(steps or "default"), "guidance": str(guidance or "default")}
     texts = [facts | said | {"seed": str(seed), "row": str(i)} for i, said in enumerate(asked.texts)]
     missing = [i for i, text in enumerate(texts) if not _exists(out / f"{i:06d}.png", text)]
-    out.mkdir(parents=True, exist_ok=True)
     click.echo(f"{len(texts) - len(missing)} of {len(texts)} pictures are there already")
 
     def draw(rows: list[int], seeds: list[int]) -> "Tensor":
         return module.sample(asked.rows(rows).to(module.device), seeds, steps=steps, guidance=guidance)
 
-    _draw(draw, missing, batch_size, seed, out, texts)
+    with Owner(out, "--out") as owner:
+        owner.claim()
+        _draw(draw, missing, batch_size, seed, out, texts)
     click.echo(f"{len(texts)} pictures in {out}")
 
 

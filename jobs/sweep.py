@@ -49,8 +49,6 @@ def read_sweep(path: Path) -> tuple[str, list[list[str]]]:
         config, grid = read["config"], read["grid"]
         choices = [[Choice(key, *both) for both in zip(written["grid"][key], grid[key], strict=True)] for key in grid]
         points = list(product(*choices))
-    except UserError:
-        raise
     except Exception:  # another shape: all mean the same to the user
         raise UserError(f"{path} is no sweep: it has `config: FILE` and `grid: {{KEY: [VALUE, …]}}`") from None
     runs = {f"run_dir=runs/{path.stem}/{_name(point)}": [choice.setting() for choice in point] for point in points}

@@ -7,6 +7,7 @@ import os
 import socket
 import time
 import warnings
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -25,8 +26,8 @@ _held: set[int] = set()  # descriptors
 class Owner:
     """This process as the only one that writes into `folder`, until the block ends or the process does, in any way.
 
-    The lock is the kernel's, on the open file `.owner`: a process that is killed leaves none behind. What the file says
-    (host, process, since when) is for those who are refused. A file system without locks gets a warning.
+    The lock is the kernel's, on the open file `.owner`: a process that is killed leaves a file, but no lock. What the
+    file says (host, process, since when) is for those who are refused. A file system without locks gets a warning.
 
     On entering, a folder that exists is claimed; one that does not is made, and claimed, by `claim`.
     """
@@ -43,6 +44,8 @@ class Owner:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
         if self._descriptor in _held:
+            with suppress(OSError):  # while it is locked: who opens it meanwhile sees that it is gone
+                (self._folder / OWNER_FILE).unlink()
             _held.remove(self._descriptor)
             os.close(self._descriptor)
         self._descriptor = None
@@ -118,11 +121,9 @@ def _read(descriptor: int) -> dict[str, str]:
 
 def _write(descriptor: int) -> None:
     text = json.dumps(_record()).encode() + b"\n"
-    try:
+    with suppress(OSError):  # a full disk, or another user's file: the lock counts, not what it says
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, text, 0)
-    except OSError:  # a full disk, or another user's file: the lock counts, not what it says
-        pass
 
 
 def _record() -> dict[str, str]:

@@ -86,6 +86,14 @@ def write_config(config: DictConfig) -> None:
         raise UserError(f"run_dir={run_dir} cannot be written: {error.strerror}") from None
 
 
+def read_config(run_dir: Path) -> DictConfig:
+    """The config of a run; raises UserError where this is no run directory."""
+    path = Path(run_dir) / CONFIG_FILE
+    if not path.is_file():
+        raise UserError(f"{run_dir} is no run directory: it has no {CONFIG_FILE}")
+    return load_config([path])
+
+
 def load_run(run_dir: Path, checkpoint: str = "best") -> tuple[GenerativeModule, DictConfig]:
     """The trained model of a run with its averaged weights, in evaluation mode on the CPU, and the run's config.
 
@@ -94,10 +102,7 @@ def load_run(run_dir: Path, checkpoint: str = "best") -> tuple[GenerativeModule,
     Raises:
         UserError: this is no run directory, or it holds no sound checkpoint.
     """
-    path = Path(run_dir) / CONFIG_FILE
-    if not path.is_file():
-        raise UserError(f"{run_dir} is no run directory: it has no {CONFIG_FILE}")
-    config = load_config([path])
+    config = read_config(run_dir)
     module = build_module(config)
     module.configure_model()
     load_weights(module, find_checkpoint(run_dir, checkpoint))

@@ -82,6 +82,7 @@ def test_a_killed_owner_leaves_no_lock_even_where_its_worker_lives_on(holder, tm
         assert json.loads((tmp_path / OWNER_FILE).read_text())["process"] == str(os.getpid())
     with Owner(tmp_path, "run_dir"):
         pass
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_is_made_before_the_claim(tmp_path):

@@ -311,6 +311,43 @@ def test_final_status(tmp_path, uri, calls, status):
     assert run.info.status == status and run.info.end_time >= run.info.start_time
 
 
+def test_a_deleted_experiment_is_named_once_with_the_mend(tmp_path, uri, caplog):
+    tracker = tracker_of(tmp_path, uri, timeout_seconds=5.0)
+    tracker.log_metrics({"train/loss": 0.0}, 0)
+    run_id = eventually(lambda: tracker.run_id)
+    client = mlflow_client(uri)
+    eventually(lambda: history(uri, run_id, "train/loss"))
+    experiment = client.get_run(run_id).info.experiment_id
+    client.delete_experiment(experiment)
+
+    tracker.log_metrics({"train/loss": 1.0}, 1)
+    tracker.finalize("success")
+    assert told(caplog, uri, f"mlflow experiments restore -x {experiment}") == 1
+    assert told(caplog, uri, "the experiment medsynth has been deleted") == 1
+    assert not told(caplog, uri, "a new run is made"), "as long as none can be"
+    assert not told(caplog, uri, "is away")
+
+    with pytest.raises(UserError) as caught:
+        send_pending(tmp_path / "run", uri)
+    assert f"restore it (`MLFLOW_TRACKING_URI={uri} mlflow experiments restore -x {experiment}`)" in str(caught.value)
+    assert "start the server" not in str(caught.value)
+    client.restore_experiment(experiment)
+    send_pending(tmp_path / "run", uri)
+    assert history(uri, run_id, "train/loss") == [(0, 0.0), (1, 1.0)]
+
+
+def test_track_on_a_damaged_database_names_the_file(tmp_path, uri):
+    tracker = tracker_of(tmp_path, uri)
+    tracker.log_metrics({"train/loss": 0.0}, 0)
+    tracker.finalize("success")
+    damaged = tmp_path / "damaged.db"
+    damaged.write_bytes(b"no database" * 1000)
+    with pytest.raises(UserError) as caught:
+        send_pending(tmp_path / "run", f"sqlite:///{damaged}")
+    assert str(caught.value).endswith(f"The record is kept; see to {damaged} and try again")
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("how", ["deleted", "another database"])
 def test_a_run_that_is_gone_is_made_anew_with_the_whole_record(tmp_path, uri, empty_database, caplog, how):
     first = tracker_of(tmp_path, uri)
