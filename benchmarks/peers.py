@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger
 
 from benchmarks.cell import Batches, Cell, build
 from benchmarks.flops import per_picture
 from benchmarks.plain import CLIP_NORM, LOOPS, PlainLoop
 from callbacks.progress import RunProgress, Throughput
+from callbacks.step_log import StepLog
 
 WARM_UP = 3
 """Steps of each loop before the first is timed: memory is taken, kernels are chosen and compiled."""
@@ -169,7 +169,7 @@ def _trainer(cell: Cell, turns: _Turns, folder: str, steps: int) -> L.Trainer:
         use_distributed_sampler=False,
         enable_checkpointing=False,
         enable_model_summary=False,
-        callbacks=[throughput, RunProgress(throughput), LearningRateMonitor("step"), turns],
+        callbacks=[throughput, RunProgress(throughput), StepLog(), turns],
         logger=CSVLogger(folder),
         default_root_dir=folder,
     )

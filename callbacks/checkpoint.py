@@ -59,11 +59,6 @@ def save(trainer: L.Trainer, path: Path, on_error: str, notes: Mapping[str, Any]
     return True
 
 
-def log_step(trainer: L.Trainer) -> None:
-    """Log the step that a checkpoint is about to hold: Lightning logs after the callbacks, and a resume never would."""
-    trainer._logger_connector.update_train_step_metrics()
-
-
 class LastCheckpoint(Checkpoint):
     """Replaces `path` every `every_steps` steps of `trainer.global_step`, after each validation and at the end."""
 
@@ -80,7 +75,6 @@ class LastCheckpoint(Checkpoint):
     ) -> None:
         # Two optimizers move the count by two a batch, perhaps past a multiple.
         if self.every_steps and trainer.global_step // self.every_steps > self._saved // self.every_steps:
-            log_step(trainer)
             self._save(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

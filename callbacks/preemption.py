@@ -19,7 +19,7 @@ from lightning.pytorch.loops import _FitLoop
 from lightning.pytorch.loops.progress import _ProcessedTracker
 from lightning.pytorch.trainer.states import TrainerFn
 
-from callbacks.checkpoint import log_step, save
+from callbacks.checkpoint import save
 from callbacks.durable import read_manifest
 from medsynth.errors import UserError
 from medsynth.exit_codes import INTERRUPTED, NO_PROGRESS, PREEMPTED
@@ -206,7 +206,6 @@ class Preemption(Checkpoint):
             return  # within an accumulation
         self._step = trainer.global_step
         if self._tell():
-            log_step(trainer)
             self._save(trainer)
             raise Preempted(self.request.exit_code)
 

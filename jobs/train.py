@@ -15,7 +15,7 @@ import click
 from medsynth.errors import UserError
 
 if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
+    from lightning.pytorch import Callback, Trainer
     from omegaconf import DictConfig
 
     from callbacks.evaluation import Evaluation
@@ -96,7 +96,7 @@ def _train(config: "DictConfig", request: "StopRequest") -> "Trainer":
     run_dir = Path(config.run_dir)
     evaluation, preemption = _make_callbacks(config, request)
     tracker = RunTracker(run_dir, instantiate(config, "tracking"), config.tracking.run_name or run_dir.name)
-    trainer = _build_trainer(config, module, evaluation, preemption, tracker)
+    trainer = _build_trainer(config, module, [evaluation], preemption, tracker)
     with Owner(run_dir, "run_dir", trainer.is_global_zero) as owner:
         refuse_another_run(config)
         _make_networks(config, module)
@@ -267,25 +267,25 @@ def check_support(config: "DictConfig", module: "GenerativeModule") -> None:
 def _build_trainer(
     config: "DictConfig",
     module: "GenerativeModule",
-    evaluation: "Evaluation",
+    watching: "list[Callback]",
     preemption: "Preemption",
     tracker: "RunTracker",
 ) -> "Trainer":
     import lightning as L
     from lightning.fabric.utilities.exceptions import MisconfigurationException
-    from lightning.pytorch.callbacks import LearningRateMonitor
 
     from callbacks.checkpoint import build_checkpoints
     from callbacks.class_pictures import ClassPictures
     from callbacks.ema import EMA
     from callbacks.progress import RunProgress, Throughput
+    from callbacks.step_log import StepLog
     from jobs.run.checks import accumulation
     from jobs.run.config import instantiate
     from jobs.run.strategies import trainer_options
 
     train, hardware = config.train, config.hardware
     throughput = Throughput(train.global_batch_size)
-    callbacks: list[L.Callback] = [throughput, RunProgress(throughput), LearningRateMonitor("step"), evaluation]
+    callbacks: list[L.Callback] = [throughput, RunProgress(throughput), StepLog(), *watching]
     callbacks.append(ClassPictures(config.evaluation.batch_size))
     if config.ema.decay:
         callbacks.insert(0, EMA(instantiate(config, "ema")))

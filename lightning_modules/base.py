@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.optim.lr_scheduler import LambdaLR
 
 from datamodules.batches import Conditions, ImageBatch
+from lightning_modules.parts import optim
 from lightning_modules.parts.optim import OptimConfig, configure_optimizers
 from lightning_modules.parts.weights import Weights
 from medsynth.errors import UserError
@@ -62,6 +64,9 @@ class GenerativeModule(L.LightningModule, ABC):
         super().__init__()
         self.config = config
         self.gradient_clip_norm: float | None = None  # train.gradient_clip_norm, for a module that steps by itself
+        self.step_losses: dict[str, Tensor] = {}
+        """What the newest training step gave, scalars on the device: of one micro-batch, in this process."""
+        self._settings: list[list[dict[str, Any]]] = []  # of each optimizer, as the config makes them
         self._built = False
         self._cut = False
 
@@ -175,10 +180,19 @@ class GenerativeModule(L.LightningModule, ABC):
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         _seed(max(0, int(batch.seeds[0])), self.device)
         losses = self.learn(batch)
-        if self.trainer._logger_connector.should_update_logs:  # else Lightning copies them for nobody
-            detached = {f"train/{name}": value.detach() for name, value in losses.items()}
-            self.log_dict(detached, batch_size=len(batch), on_step=True, on_epoch=False)
+        self.step_losses = {name: value.detach() for name, value in losses.items()}
         return losses["loss"]
+
+    def on_fit_start(self) -> None:
+        self._settings = [optim.settings_of(optimizer) for optimizer in self.trainer.optimizers]
+
+    def on_train_start(self) -> None:
+        """A run that goes on has the config's settings of the optimizer and its schedule, not the checkpoint's."""
+        for optimizer, settings in zip(self.trainer.optimizers, self._settings, strict=True):
+            optim.resume(optimizer, settings)
+        for each in self.trainer.lr_scheduler_configs:
+            if isinstance(each.scheduler, LambdaLR) and each.interval == "step":
+                optim.resume_schedule(each.scheduler, self.trainer.global_step)
 
     def transfer_batch_to_device(self, batch: ImageBatch, device: torch.device, dataloader_idx: int) -> ImageBatch:
         """From page-locked memory without waiting for the copy: the device is still busy with the step before."""
@@ -195,6 +209,10 @@ class GenerativeModule(L.LightningModule, ABC):
         """What Lightning takes: by default one optimizer over the trainable modules, with its schedule."""
         total_steps = int(self.trainer.estimated_stepping_batches)
         return configure_optimizers(self.config.optim, self.trainable_modules(), total_steps)
+
+    def learning_rates(self) -> dict[str, float]:
+        """What the coming step is made with: `lr`, or of several optimizers or groups `lr/<name>`."""
+        return optim.rates(self.trainer.optimizers, self.trainable_modules())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = self.saved_names()

@@ -29,8 +29,9 @@ from medsynth.errors import UserError
 from medsynth.files import write_whole
 
 CONFIG_FILE = "config.yaml"
-# Another value here makes other weights: the run directory cannot go on with it.
+# Another value here makes other weights: the run directory cannot go on with it. How they are stepped may change.
 _IDENTITY = ("method", "model", "seed")
+_STEPPING = "optim"  # of the model
 
 
 def build_module(config: DictConfig) -> GenerativeModule:
@@ -168,6 +169,8 @@ def refuse_another_run(config: DictConfig) -> None:
     resolved = OmegaConf.to_container(config, resolve=True)
     before = OmegaConf.to_container(old, resolve=True)  # loaded, so that keys which came later have their defaults
     assert isinstance(resolved, dict) and isinstance(before, dict), "a config is one of keys"
+    for each in (resolved, before):
+        each["model"].pop(_STEPPING, None)
     for section in _IDENTITY:
         if resolved[section] != before[section]:
             raise UserError(

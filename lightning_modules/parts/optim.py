@@ -1,10 +1,14 @@
-"""Optimizer and learning-rate schedule from a config."""
+"""Optimizer and learning-rate schedule from a config, and what a resumed run takes of it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers.optimization import get_scheduler
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from medsynth.ranges import choice, number, numbers
 
@@ -52,3 +56,49 @@ def configure_optimizers(config: OptimConfig, modules: dict[str, nn.Module], tot
     name = "constant_with_warmup" if config.schedule == "constant" and config.warmup_steps else config.schedule
     schedule = get_scheduler(name, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=total_steps)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def settings_of(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """What each group of parameters is stepped by: all but the parameters."""
+    return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+
+
+def resume(optimizer: Optimizer, settings: list[dict[str, Any]]) -> None:
+    """After a checkpoint was restored, step by `settings` again; the moments are the checkpoint's."""
+    for group, values in zip(optimizer.param_groups, settings, strict=True):
+        group.update(values)
+
+
+def resume_schedule(schedule: LambdaLR, step: int) -> None:
+    """After a checkpoint was restored, go on with the rates of this schedule after `step` optimizer steps.
+
+    The schedule is a function of the step, of the length of the run and of the highest rate as they are now; what the
+    checkpoint says of another length or rate is let go. The groups' `initial_lr` is the highest rate.
+    """
+    groups = schedule.optimizer.param_groups
+    schedule.base_lrs = [group["initial_lr"] for group in groups]
+    schedule.last_epoch = step
+    factors = [rate_at(step) for rate_at in schedule.lr_lambdas]
+    for group, highest, factor in zip(groups, schedule.base_lrs, factors, strict=True):
+        group["lr"] = highest * factor
+    schedule._last_lr = [group["lr"] for group in groups]
+
+
+def rates(optimizers: list[Optimizer], modules: Mapping[str, nn.Module]) -> dict[str, float]:
+    """The learning rates by name: `lr`, or of several `lr/<name>`, by the group's own name or by what it trains.
+
+    modules: the networks that learn, by name. What trains no one of them alone has its number for a name, from 1.
+    """
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    if len(groups) == 1:
+        return {"lr": float(groups[0]["lr"])}
+    names = [group.get("name") or _trains(group, modules) for group in groups]
+    unique = [name if name and names.count(name) == 1 else str(i) for i, name in enumerate(names, 1)]
+    return {f"lr/{name}": float(group["lr"]) for name, group in zip(unique, groups, strict=True)}
+
+
+def _trains(group: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> str | None:
+    """The one module that all parameters of the group belong to."""
+    parameters = {id(parameter) for parameter in group["params"]}
+    owners = (name for name, module in modules.items() if parameters <= {id(p) for p in module.parameters()})
+    return next(owners, None)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from PIL import Image
 
 from jobs import cli
 from jobs.run.config import load_config
+from jobs.run.folder import write_config
 from jobs.train import train
 from medsynth.errors import UserError
 from tests.conftest import REPOSITORY
@@ -100,9 +102,12 @@ def test_statistics_of_the_real_pictures_are_computed_once(run, phantom):
     assert len(list(kept.parent.iterdir())) == 2, "another resolution, another key"
 
 
-def test_another_model_in_the_same_run_directory_is_refused(run, phantom):
+def test_another_model_in_the_same_run_directory_is_refused_but_not_other_steps(run, here):
     with pytest.raises(UserError, match="another `model`"):
-        train(load_config([run / "config.yaml"], ["model.optim.lr=5e-4"]))
+        train(load_config([run / "config.yaml"], ["model.unet.time_dim=64"]))
+    shutil.copytree(run, here / "run")
+    write_config(load_config([run / "config.yaml"], ["model.optim.lr=5e-4", f"run_dir={here}/run"]))
+    assert load_config([here / "run/config.yaml"]).model.optim.lr == 5e-4
 
 
 def test_print_and_keys_start_nothing(here):

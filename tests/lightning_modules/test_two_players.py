@@ -35,15 +35,17 @@ def config(monkeypatch, here, phantoms):
     return load_config(["two.yaml"], [f"data.root={phantoms['cytology']}"])
 
 
-def logged(run: str) -> dict[int, float]:
+def logged(run: str, name: str) -> dict[int, float]:
     events = (json.loads(line) for line in Path(run, "tracking/events.jsonl").read_text().splitlines())
-    return {e["step"]: e["values"]["train/critic"] for e in events if "train/critic" in e.get("values", ())}
+    return {e["step"]: e["values"][name] for e in events if name in e.get("values", ())}
 
 
 def test_one_batch_is_one_step_and_both_players_resume_bit_for_bit(config, here):
     trainer = train(config)
     assert trainer.global_step == 4
-    assert sorted(logged("run")) == [0, 1, 2, 3]
+    assert list(logged("run", "train/critic")) == [1, 2, 3, 4]
+    assert logged("run", "lr/generator") == logged("run", "lr/critic") == dict.fromkeys([1, 2, 3, 4], 1e-2)
+    assert list(logged("run", "val/loss")) == [4]
     config.run_dir, config.train.max_steps = "halves", 2
     train(config)
     config.train.max_steps = 4
