@@ -8,6 +8,7 @@ import tempfile
 import time
 import warnings
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import lightning as L
 import torch
@@ -16,6 +17,7 @@ from lightning.pytorch.loggers import CSVLogger
 from benchmarks.cell import Batches, Cell, build
 from benchmarks.flops import per_picture
 from benchmarks.plain import CLIP_NORM, LOOPS, PlainLoop
+from callbacks.divergence import Divergence
 from callbacks.progress import RunProgress, Throughput
 from callbacks.step_log import StepLog
 
@@ -169,7 +171,7 @@ def _trainer(cell: Cell, turns: _Turns, folder: str, steps: int) -> L.Trainer:
         use_distributed_sampler=False,
         enable_checkpointing=False,
         enable_model_summary=False,
-        callbacks=[throughput, RunProgress(throughput), StepLog(), turns],
+        callbacks=[Divergence(20, Path(folder)), throughput, RunProgress(throughput), StepLog(), turns],
         logger=CSVLogger(folder),
         default_root_dir=folder,
     )

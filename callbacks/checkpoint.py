@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
+from callbacks.divergence import is_sound
 from callbacks.durable import BEST, LAST
 from medsynth.errors import UserError
 from medsynth.ranges import choice, number
@@ -46,9 +47,15 @@ def build_checkpoints(config: CheckpointConfig, directory: str | Path) -> list[L
 def save(trainer: L.Trainer, path: Path, on_error: str, notes: Mapping[str, Any] | None = None) -> bool:
     """Save `trainer`'s checkpoint; False where it could not be written and `on_error` is "continue".
 
+    Also False after a step, or a validation, that was not finite: a resume is to begin before it.
+
     Raises:
         UserError: it could not be written and `on_error` is "stop"; in every process.
     """
+    if not is_sound(trainer):
+        reason = f"after step {trainer.global_step} the loss or a gradient is not finite"
+        rank_zero_warn(f"{path} is not saved: {reason}; the one before is kept", category=CheckpointUnwritten)
+        return False
     try:
         trainer.save_checkpoint(path, storage_options=notes)
     except UserError as error:
@@ -92,7 +99,10 @@ class LastCheckpoint(Checkpoint):
 
 
 class BestCheckpoint(Checkpoint):
-    """Replaces `path` after each validation with a better value of `monitor` than all before, resumed or not."""
+    """Replaces `path` after each validation with a better value of `monitor` than all before, resumed or not.
+
+    A value that is not finite is never better.
+    """
 
     def __init__(self, path: Path, monitor: str, mode: str, on_error: str = "stop"):
         self.path, self.monitor, self.mode, self.on_error = path, monitor, mode, on_error
@@ -114,13 +124,15 @@ class BestCheckpoint(Checkpoint):
         return {"monitor": self.monitor, "mode": self.mode, "value": self.value}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if (state_dict["monitor"], state_dict["mode"]) == (self.monitor, self.mode):
-            self.value = state_dict["value"]
+        value = state_dict["value"]
+        same = (state_dict["monitor"], state_dict["mode"]) == (self.monitor, self.mode)
+        if same and value is not None and math.isfinite(value):  # earlier versions took an infinite one
+            self.value = value
 
     def _is_better(self, value: float) -> bool:
         # Strictly better: the trainer goes on showing the value of an earlier validation, which must not win again.
-        if math.isnan(value) or self.value is None:
-            return not math.isnan(value)
+        if not math.isfinite(value) or self.value is None:
+            return math.isfinite(value)
         return value < self.value if self.mode == "min" else value > self.value
 
 

@@ -21,14 +21,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from callbacks.ema import EMA
+from callbacks.finite import NotFinite, first_not_finite
 from callbacks.sharding import Held, ShardedTensors, by_number, write_shard
 from medsynth.errors import UserError
-from medsynth.files import sync
+from medsynth.files import sha256_of, sync
 
 WEIGHTS, AVERAGE, STATE, MANIFEST = "weights.safetensors", "ema.safetensors", "state.pt", "manifest.json"
 SHARD = "shard-{:05d}-of-{:05d}.safetensors"
 BEST, LAST = "best.ckpt", "last.ckpt"
 FORMAT = 1
+_FINITE = "finite"  # in a manifest: weights and average were looked through; earlier versions did not
 
 
 class CheckpointDamaged(UserError):  # noqa: N818
@@ -60,15 +62,14 @@ class DurableCheckpointIO(CheckpointIO):
         """Save Lightning's `checkpoint` as the directory `path`; `storage_options` are further entries of its manifest.
 
         Raises:
-            UserError: it could not be written, for instance on a full disk. What stood at `path` stands there still.
+            UserError: it could not be written, as on a full disk, or is not finite. What stood at `path` stays there.
             TypeError: it holds an object that could only be loaded by running code.
         """
         target = Path(path)
         notes = {"global_step": checkpoint["global_step"], "epoch": checkpoint["epoch"], **(storage_options or {})}
-        if any(isinstance(value, Held) for value in checkpoint["state_dict"].values()):
-            _save_together(checkpoint, target, notes)
-        else:
-            _save_alone(checkpoint, target, notes)
+        notes[_FINITE] = True
+        in_parts = any(isinstance(value, Held) for value in checkpoint["state_dict"].values())
+        (_save_together if in_parts else _save_alone)(checkpoint, target, notes)
 
     def load_checkpoint(
         self, path: str | Path, map_location: torch.device | str | None = None, weights_only: bool | None = None
@@ -122,7 +123,7 @@ class DurableCheckpointIO(CheckpointIO):
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
-    """`manifest.json` of the checkpoint `path`: format, global_step, epoch, files; a best one's metric (name, value).
+    """`manifest.json` of the checkpoint `path`: format, global_step, epoch, finite, files; a best one's metric too.
 
     Raises:
         CheckpointDamaged: there is none, it is not what was saved, or a later version of this package wrote it.
@@ -142,16 +143,18 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
 
 
 def verify(path: str | Path) -> str | None:
-    """None when the checkpoint `path` is what was saved, else the file and what is wrong with it."""
+    """None when the checkpoint `path` is what was saved, and finite, else the file and what is wrong with it."""
     try:
-        _verified(Path(path))
+        if _verified(Path(path)).get(_FINITE):
+            return None
+        unfit = first_not_finite(DurableCheckpointIO().open_checkpoint(path))  # an earlier version's
     except CheckpointDamaged as damage:
         return damage.reason
-    return None
+    return f"{unfit} is not finite" if unfit else None
 
 
 def newest_verified(directory: str | Path) -> tuple[Path | None, list[tuple[Path, str]]]:
-    """The whole checkpoint in `directory` with the highest global step (of equals the one written last), or None.
+    """The whole, finite checkpoint in `directory` of the highest global step (of equals the one written last), or None.
 
     Second, the checkpoints that were passed over on the way to it, each with the reason.
     """
@@ -200,6 +203,8 @@ def _remove_leftovers(target: Path) -> None:
 
 
 def _save_alone(checkpoint: Mapping[str, Any], target: Path, notes: Mapping[str, Any]) -> None:
+    if unfit := first_not_finite(checkpoint):
+        raise NotFinite(target, unfit)
     temporary = _temporary(target)
     try:
         _make(temporary, target)
@@ -217,6 +222,8 @@ def _save_together(checkpoint: Mapping[str, Any], target: Path, notes: Mapping[s
     The processes agree after each stage, so that all raise where one failed, and none waits for one that has given up.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
+    for unfit in filter(None, _agreed(lambda: first_not_finite(checkpoint), target)):
+        raise NotFinite(target, unfit)
     (temporary, *_) = _agreed(lambda: _temporary(target), target)
     try:
         _agreed(lambda: _make(temporary, target) if rank == 0 else None, target)
@@ -337,7 +344,7 @@ def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _listed(files: list[Path]) -> dict[str, Any]:
     """What the manifest says of files."""
     with ThreadPoolExecutor() as pool:
-        digests = list(pool.map(_file_digest, files))
+        digests = list(pool.map(sha256_of, files))
     return {f.name: {"bytes": f.stat().st_size, "sha256": d} for f, d in zip(files, digests, strict=True)}
 
 
@@ -382,14 +389,9 @@ def _fault(file: Path, saved: Mapping[str, Any]) -> str | None:
         size = file.stat().st_size
         if size != saved["bytes"]:
             return f"has {size} bytes, and {saved['bytes']} were saved"
-        return None if _file_digest(file) == saved["sha256"] else "is not what was saved (its SHA-256 differs)"
+        return None if sha256_of(file) == saved["sha256"] else "is not what was saved (its SHA-256 differs)"
     except OSError as error:
         return f"cannot be read ({error.strerror})"
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _manifest_digest(manifest: Mapping[str, Any]) -> str:

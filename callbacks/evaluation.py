@@ -9,7 +9,7 @@ from typing import Optional
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -23,7 +23,7 @@ from lightning_modules.base import GenerativeModule
 from medsynth.errors import UserError
 from medsynth.ranges import choice, number
 from metrics.extractors import EXTRACTORS, FeatureExtractor, build_extractor
-from metrics.images import quantise
+from metrics.images import are_finite, quantise
 from metrics.paired import PairedSimilarity
 from metrics.suite import LEAST, GenerationMetrics, score_names
 
@@ -69,11 +69,15 @@ class EvaluationConfig:
         return [f"eval/{name}" for name in scores + (["psnr", "ssim"] if self.paired else [])]
 
 
+class _NotFinite(Exception):  # noqa: N818
+    """Pictures hold NaN or infinities, in some process; raised in all of them."""
+
+
 class Evaluation(L.Callback):
     """After each `every`-th validation: metrics of generated pictures as `eval/<name>`, and a grid.
 
     The numbers are the same for any number of processes: picture i has the i-th prompt and its own seed, whoever draws
-    it, and the metrics are sums over all.
+    it, and the metrics are sums over all. Pictures that are not finite are neither shown nor scored.
     """
 
     def __init__(self, config: EvaluationConfig, run_dir: Path, seed: int, between: Callable[[], None] = lambda: None):
@@ -120,10 +124,17 @@ class Evaluation(L.Callback):
     @torch.no_grad()
     def evaluate(self, trainer: L.Trainer, module: GenerativeModule) -> dict[str, float]:
         """Draw the grid and score `images` new pictures; {"eval/<name>": value}, the same on every process."""
-        with trainer.precision_plugin.forward_context():
-            if self.config.grid:
-                self._draw_grid(trainer, module)
-            return self._score(trainer, module) if self.config.images else {}
+        try:
+            with trainer.precision_plugin.forward_context():
+                if self.config.grid:
+                    self._draw_grid(trainer, module)
+                return self._score(trainer, module) if self.config.images else {}
+        except _NotFinite:
+            if self._extractor is not None:
+                self._extractor.cpu()
+            step = trainer.global_step
+            rank_zero_warn(f"pictures drawn after step {step} are not finite: they are neither shown nor scored")
+            return {}
 
     def _score(self, trainer: L.Trainer, module: GenerativeModule) -> dict[str, float]:
         total, data, extractor = self.config.images, data_of(trainer), self._required_extractor()
@@ -139,7 +150,7 @@ class Evaluation(L.Callback):
                 steps=self.config.steps,
                 guidance=self.config.guidance,
             )
-            images = quantise(images)
+            images = quantise(_agreed_finite(trainer, images))
             metrics.update_fake(images, torch.tensor(rows))
             if paired is not None:
                 paired.update(images, data.paired_pictures(indices), torch.tensor(rows))
@@ -180,7 +191,8 @@ class Evaluation(L.Callback):
         rows = [i * len(dataset) // self.config.grid for i in range(min(self.config.grid, len(dataset)))]
         batch = collate([dataset[i] for i in rows])
         seeds = [derive_seed(self.seed, "grid", i) for i in range(len(rows))]
-        self._save_grid(trainer, *module.preview(batch.to(module.device), seeds))
+        images, captions = module.preview(batch.to(module.device), seeds)
+        self._save_grid(trainer, _agreed_finite(trainer, images), captions)
 
     @rank_zero_only
     def _save_grid(self, trainer: L.Trainer, images: Tensor, captions: list[str]) -> None:
@@ -189,6 +201,13 @@ class Evaluation(L.Callback):
         draw_grid(images, captions).save(path)
         for logger in loggers_of(trainer):
             logger.log_image("eval/grid", path, step=trainer.global_step)
+
+
+def _agreed_finite(trainer: L.Trainer, images: Tensor) -> Tensor:
+    """The pictures; raises _NotFinite in all processes where one has such as are not finite: none waits for it."""
+    if not trainer.strategy.reduce_boolean_decision(are_finite(images), all=True):
+        raise _NotFinite
+    return images
 
 
 def _write_atomically(state: dict[str, Tensor], path: Path) -> None:

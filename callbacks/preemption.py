@@ -20,6 +20,7 @@ from lightning.pytorch.loops.progress import _ProcessedTracker
 from lightning.pytorch.trainer.states import TrainerFn
 
 from callbacks.checkpoint import save
+from callbacks.divergence import Diverged
 from callbacks.durable import read_manifest
 from medsynth.errors import UserError
 from medsynth.exit_codes import INTERRUPTED, NO_PROGRESS, PREEMPTED
@@ -235,6 +236,8 @@ class Preemption(Checkpoint):
         # Now, and not where it was raised: the average stood in the live weights there.
         if isinstance(exception, Preempted) and self._validating:
             self._save(trainer)
+        if isinstance(exception, Diverged) and trainer.is_global_zero:
+            self._attempts.unlink(missing_ok=True)  # not in vain: it came further, and says what to change
         if isinstance(exception, Preempted | KeyboardInterrupt):
             for logger in trainer.loggers:
                 logger.finalize("interrupted")  # Lightning is about to tell them "failed"

@@ -85,6 +85,7 @@ def train(config: "DictConfig") -> "Trainer":
 
 
 def _train(config: "DictConfig", request: "StopRequest") -> "Trainer":
+    from callbacks.divergence import Divergence
     from jobs.run.config import instantiate
     from jobs.run.folder import build_data, refuse_another_run, write_config
     from jobs.tracking.facts import run_facts
@@ -95,8 +96,9 @@ def _train(config: "DictConfig", request: "StopRequest") -> "Trainer":
     module = _plan_module(config)
     run_dir = Path(config.run_dir)
     evaluation, preemption = _make_callbacks(config, request)
+    divergence = Divergence(config.train.tolerate_nonfinite, run_dir / "checkpoints")
     tracker = RunTracker(run_dir, instantiate(config, "tracking"), config.tracking.run_name or run_dir.name)
-    trainer = _build_trainer(config, module, [evaluation], preemption, tracker)
+    trainer = _build_trainer(config, module, [divergence, evaluation], preemption, tracker)
     with Owner(run_dir, "run_dir", trainer.is_global_zero) as owner:
         refuse_another_run(config)
         _make_networks(config, module)
@@ -373,6 +375,7 @@ def _quieten() -> None:
         ".*found .* module.s. in eval mode.*",
         ".*It is recommended to use .self.log.*sync_dist=True.*",  # what is logged so is the same in all processes
         ".*have overridden `transfer_batch_to_device`.*",
+        ".*DeepSpeed handles gradient clipping internally.*",
         ".*`srun` command is available.*",
         ".*`broadcast_buffers` is deprecated.*",  # the name that takes its place is not in every torch we run with
     ):

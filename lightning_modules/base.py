@@ -25,8 +25,9 @@ def to_model_range(images: Tensor) -> Tensor:
 
 
 def to_image_range(images: Tensor) -> Tensor:
-    """[-1, 1] to [0, 1], any shape; what lies outside is clamped."""
-    return (images.float() / 2 + 0.5).clamp(0, 1)
+    """[-1, 1] to [0, 1], any shape; what lies outside is clamped, but an infinity, which is no white, becomes NaN."""
+    scaled = images.float() / 2 + 0.5
+    return scaled.clamp(0, 1) + (scaled - scaled)
 
 
 STRATEGIES = frozenset({"auto", "ddp", "fsdp", "deepspeed2", "deepspeed3"})
@@ -66,6 +67,8 @@ class GenerativeModule(L.LightningModule, ABC):
         self.gradient_clip_norm: float | None = None  # train.gradient_clip_norm, for a module that steps by itself
         self.step_losses: dict[str, Tensor] = {}
         """What the newest training step gave, scalars on the device: of one micro-batch, in this process."""
+        self.gradient_norm: Tensor | None = None
+        """L2 norm of the newest step's gradients before clipping, of players' the greatest; None where not known."""
         self._settings: list[list[dict[str, Any]]] = []  # of each optimizer, as the config makes them
         self._built = False
         self._cut = False
@@ -179,9 +182,26 @@ class GenerativeModule(L.LightningModule, ABC):
     @final
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         _seed(max(0, int(batch.seeds[0])), self.device)
+        self.gradient_norm = None
         losses = self.learn(batch)
         self.step_losses = {name: value.detach() for name, value in losses.items()}
         return losses["loss"]
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Leave out a step with a gradient that is not finite; for each of several players by itself."""
+        norm, before = optim.leave_out_unless_finite(optimizer), self.gradient_norm
+        self.gradient_norm = norm if norm is None or before is None else torch.maximum(norm, before)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip to a length by the norm that is known already; a strategy that hides the gradients clips by itself."""
+        if gradient_clip_val and self.gradient_norm is not None:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grads_with_norm_(parameters, float(gradient_clip_val), self.gradient_norm)
 
     def on_fit_start(self) -> None:
         self._settings = [optim.settings_of(optimizer) for optimizer in self.trainer.optimizers]

@@ -219,9 +219,16 @@ class MSDMVAEModule(GenerativeModule):
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
         return z, {"kl": kl.sum() / x.numel()}
 
+    @torch.no_grad()
     def _track(self, z: Tensor) -> None:
-        if self.training:
-            self.codec.statistics(z.detach().float())
+        """Take latents into the running statistics; not such as are not finite, which would never leave them again."""
+        if not self.training:
+            return
+        statistics = [b for b in self.codec.statistics.buffers() if b.is_floating_point()]
+        before, finite = [buffer.clone() for buffer in statistics], z.isfinite().all()
+        self.codec.statistics(z.float())
+        for buffer, old in zip(statistics, before, strict=True):
+            buffer.copy_(torch.where(finite, buffer, old))
 
     def _reconstruction(self, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Pixel loss, LPIPS and 1 - SSIM of one output against the picture at its resolution, times its share of P."""

@@ -33,7 +33,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from medsynth.errors import UserError
-from medsynth.files import sync
+from medsynth.files import sha256_of, sync
 
 PLAN_FILE, MANIFEST_FILE = "plan.json", "manifest.json"
 VALIDATION, TEXT = "validation", "text"
@@ -100,7 +100,7 @@ class CacheWriter:
         path = self._files().get(shard.name)
         if path is None:
             return False
-        whole = path.stem.endswith(_file_digest(path)) and _metadata(path)["plan"] == _digest(self.plan)
+        whole = path.stem.endswith(sha256_of(path)) and _metadata(path)["plan"] == _digest(self.plan)
         if not whole:
             path.unlink()
         return whole
@@ -303,12 +303,7 @@ def _digest(entries: dict[str, Any]) -> str:
 
 def _fault(path: Path) -> str | None:
     try:
-        whole = path.stem.endswith(_file_digest(path))
+        whole = path.stem.endswith(sha256_of(path))
     except OSError as error:
         return f"{path.name} cannot be read ({error.strerror})"
     return None if whole else f"{path.name} is not what was written (its SHA-256 differs)"
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

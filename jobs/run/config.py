@@ -42,6 +42,9 @@ class TrainConfig:
     """Passes over the data."""
     gradient_clip_norm: Optional[float] = number(None, least=0)
     """Longest gradient, L2 norm; longer ones are scaled down. null or 0: none is."""
+    tolerate_nonfinite: int = number(20, least=1)
+    """Optimizer steps in a row whose loss or gradient is not finite after which the run ends; such steps change no
+    weights."""
     validate_every_epochs: int = number(1, least=1)
     """Passes over the data from one validation to the next."""
     validate_every_steps: Optional[int] = number(None, least=1)

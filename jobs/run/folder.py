@@ -17,6 +17,7 @@ from rich.progress import Progress
 
 from callbacks.durable import DurableCheckpointIO, newest_verified
 from callbacks.ema import load_ema_weights
+from callbacks.finite import first_not_finite
 from datamodules.base import ImageDataModule
 from datamodules.cached import CachedLatents
 from datamodules.files.latents import Cache
@@ -135,8 +136,14 @@ def find_checkpoint(run_dir: Path, name: str) -> Path:
 
 
 def load_weights(module: GenerativeModule, checkpoint: Path) -> None:
-    """Put a checkpoint's weights, the averaged ones where there are any, into a built module."""
+    """Put a checkpoint's weights, the averaged ones where there are any, into a built module.
+
+    Raises:
+        UserError: it is damaged, does not fit, or holds weights that are not finite.
+    """
     state = DurableCheckpointIO().load_checkpoint(checkpoint, map_location=torch.device("cpu"))
+    if unfit := first_not_finite(state):
+        raise UserError(f"checkpoint {checkpoint}: {unfit} is not finite, training had diverged; use another one")
     module.on_load_checkpoint(state)
     module.load_state_dict(state["state_dict"], strict=False)
     if "EMA" in state["callbacks"]:

@@ -1,4 +1,4 @@
-"""Optimizer and learning-rate schedule from a config, and what a resumed run takes of it."""
+"""Optimizer and learning-rate schedule from a config, what a resumed run takes of it, and steps that are left out."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from diffusers.optimization import get_scheduler
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -56,6 +57,28 @@ def configure_optimizers(config: OptimConfig, modules: dict[str, nn.Module], tot
     name = "constant_with_warmup" if config.schedule == "constant" and config.warmup_steps else config.schedule
     schedule = get_scheduler(name, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=total_steps)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def leave_out_unless_finite(optimizer: Optimizer) -> Tensor | None:
+    """Have the coming step of `optimizer` change nothing, moments too, where a gradient is not finite.
+
+    That is decided on the device, by the gradients as all processes have summed them: no process waits, and all leave
+    out the same step. Optimizers that are not fused step as ever.
+
+    Returns:
+        the L2 norm of all gradients, a scalar, the same in all processes; None where they are out of reach, as under
+        ZeRO, which leaves out such steps by itself.
+    """
+    groups = optimizer.param_groups
+    gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+    if not gradients or not isinstance(optimizer, Optimizer):  # DeepSpeed's own is none of torch's
+        return None
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if isinstance(norm, DTensor):  # of the part that this process holds
+        norm = norm.full_tensor()
+    if all(group.get("fused") for group in groups):
+        optimizer.found_inf = 1 - norm.isfinite().float()  # pyrefly: ignore[missing-attribute]  # torch reads it
+    return norm
 
 
 def settings_of(optimizer: Optimizer) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from jobs import cli
 from jobs.run.config import load_config
-from jobs.run.folder import write_config
+from jobs.run.folder import refuse_another_run, write_config
 from jobs.train import train
 from medsynth.errors import UserError
 from tests.conftest import REPOSITORY
@@ -106,7 +106,9 @@ def test_another_model_in_the_same_run_directory_is_refused_but_not_other_steps(
     with pytest.raises(UserError, match="another `model`"):
         train(load_config([run / "config.yaml"], ["model.unet.time_dim=64"]))
     shutil.copytree(run, here / "run")
-    write_config(load_config([run / "config.yaml"], ["model.optim.lr=5e-4", f"run_dir={here}/run"]))
+    other_rate = load_config([run / "config.yaml"], ["model.optim.lr=5e-4", f"run_dir={here}/run"])
+    refuse_another_run(other_rate)
+    write_config(other_rate)
     assert load_config([here / "run/config.yaml"]).model.optim.lr == 5e-4
 
 
