@@ -1,9 +1,11 @@
 """The DataModule that every data set derives from."""
 
+import json
 import signal
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic, Optional, TypeVar
 
 import lightning as L
@@ -11,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.batches import Conditions, Drawing, ImageBatch, Sample, collate
-from datamodules.stream import EvaluationSampler, SampleOrder, StreamBatchSampler, StreamLoader
+from datamodules.batches import Conditions, Drawing, ImageBatch, Sample
+from datamodules.stream import EvaluationSampler, PlainLoader, SampleOrder, StreamBatchSampler, StreamLoader
 from medsynth.errors import UserError
+from medsynth.files import write_whole
 from medsynth.ranges import number
 
 
@@ -128,6 +131,10 @@ class ImageDataModule(L.LightningDataModule, ABC, Generic[ConfigT]):
             UserError: one message that lists every bad row with its number and the mend.
         """
 
+    def notes(self) -> list[str]:
+        """What `check` found that is no fault and yet to be known, a line each."""
+        return []
+
     @abstractmethod
     def fingerprint(self) -> str:
         """Hex digest of the pictures' names, byte sizes and split, the prompts, and the config that shapes them."""
@@ -174,8 +181,15 @@ class ImageDataModule(L.LightningDataModule, ABC, Generic[ConfigT]):
         """Words of the prompts that training is to give a meaning: each should be one token."""
         return []
 
+    def split_facts(self) -> dict[str, Any]:
+        """The seed, the sorted names of the pictures that train and that validate, and where there are any the classes
+        and `data.group`, as JSON values; empty where there is no such choice."""
+        return {}
+
     def write_split(self, run_dir: str) -> None:
-        """Write which pictures train and which validate to the run directory, where there is such a choice."""
+        """Write `split_facts`, if any, to `split.json` in the run directory."""
+        if split := self.split_facts():
+            write_whole(Path(run_dir) / "split.json", json.dumps(split, indent=1) + "\n")
 
     def train_dataloader(self) -> StreamLoader:
         dataset = self.training_set()
@@ -187,7 +201,7 @@ class ImageDataModule(L.LightningDataModule, ABC, Generic[ConfigT]):
     def val_dataloader(self) -> DataLoader:
         dataset = self.validation_set()
         sampler = EvaluationSampler(len(dataset), self.batch_size, *self._rank_and_world())
-        return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, **self._loading())
+        return PlainLoader(dataset, batch_sampler=sampler, **self._loading())
 
     def state_dict(self) -> dict[str, int]:
         position = self._loader.position if self._loader else self._position

@@ -6,7 +6,9 @@ whoever draws position p gets the same picture, prompt and noise, on one process
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from datamodules.batches import ImageBatch, collate
+from medsynth.errors import UserError
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -79,11 +82,63 @@ class StreamBatchSampler(Sampler[list[int]]):
             yield list(range(first, first + self.batch_size))
 
 
-class StreamLoader(DataLoader[ImageBatch]):
-    """A DataLoader over the stream that knows how far training has come, prefetching aside."""
+class PlainLoader(DataLoader):
+    """A DataLoader whose workers raise a `UserError` as it is: torch would put their whole traceback into its message.
+
+    It takes what has items and a length; its `dataset` is another object, of the same items.
+    """
+
+    def __init__(self, dataset: Any, *, collate_fn: Callable = collate, **kwargs: Any):
+        super().__init__(_Told(dataset), collate_fn=partial(_collate_told, collate_fn), **kwargs)
+
+    # pyrefly: ignore[bad-override]  # torch's annotation promises its own private iterator
+    def __iter__(self) -> Iterator[Any]:
+        for batch in super().__iter__():
+            if isinstance(batch, _Mistake):
+                self._end_workers()
+                raise batch.error
+            yield batch
+
+    def _end_workers(self) -> None:
+        """End workers that are kept between passes: they are deaf to the signal by which Python would end them."""
+        if self._iterator is not None:
+            self._iterator._shutdown_workers()  # as Lightning does after a mistake in a training step
+            self._iterator = None
+
+
+@dataclass(frozen=True)
+class _Mistake:
+    """What a worker hands over in the place of a sample."""
+
+    error: UserError
+
+
+class _Told(Dataset):
+    """Items, or the mistake that keeps one from being read."""
+
+    def __init__(self, items: Any):
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self.items[index]
+        except UserError as error:
+            return _Mistake(error)
+
+
+def _collate_told(collate_fn: Callable, samples: Any) -> Any:
+    told = samples if isinstance(samples, list) else [samples]
+    return next((sample for sample in told if isinstance(sample, _Mistake)), None) or collate_fn(samples)
+
+
+class StreamLoader(PlainLoader):
+    """A loader over the stream that knows how far training has come, prefetching aside."""
 
     def __init__(self, dataset: Dataset[ImageBatch], sampler: StreamBatchSampler, **kwargs: Any):
-        super().__init__(dataset, batch_sampler=sampler, collate_fn=collate, **kwargs)
+        super().__init__(dataset, batch_sampler=sampler, **kwargs)
         self._stream = sampler
         self._taken = 0  # micro-batches handed out since `_stream.position`
 

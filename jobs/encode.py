@@ -64,6 +64,8 @@ def encode(config: "DictConfig", out: Path, variants: int = 1, batch_size: int =
     if not undrawn(data.to_draw()):
         CacheWriter(out, identity(data, digests) | shared)  # refuse before other processes are started
     fabric = _launch(config.hardware)
+    for note in data.notes() if fabric.is_global_zero else ():
+        click.echo(note)
     _draw(fabric, module.to(fabric.device).eval(), data, config.evaluation.batch_size)
     writer = CacheWriter(out, identity(data, digests) | shared)
     rows = {variant_part(k): len(data.training_set()) for k in range(variants)}
@@ -160,9 +162,9 @@ def _write_shards(
 ) -> None:
     """Write this process's share of the shards, but for those that are there."""
     from rich.progress import Progress
-    from torch.utils.data import DataLoader
 
     from datamodules.files.latents import TEXT, cut
+    from datamodules.stream import PlainLoader
 
     shards = [shard for part, length in rows.items() for shard in cut(part, length, writer.plan["shard_rows"])]
     mine = shards[fabric.global_rank :: fabric.world_size]
@@ -170,8 +172,7 @@ def _write_shards(
         missing = [s for s in progress.track(mine, description="looking at what is there") if not writer.keeps(s)]
         pictures = [shard for shard in missing if shard.part != TEXT]
         shown = _Pictures(data, pictures)
-        # pyrefly: ignore[bad-argument-type]  # torch takes whatever has a length and items, its annotation a Dataset
-        loader = DataLoader(shown, batch_size=None, num_workers=data.config.workers)
+        loader = PlainLoader(shown, batch_size=None, collate_fn=_as_it_is, num_workers=data.config.workers)
         stream = iter(loader)
         task = progress.add_task("encoding", total=sum(rows.values()), completed=writer.finished_rows(shards))
         for shard in missing:
@@ -182,6 +183,10 @@ def _write_shards(
                 read = _counted(islice(stream, len(shard.rows)), partial(progress.advance, task))
                 writer.write(shard, encoders.pictures(read))
             progress.update(task, completed=writer.finished_rows(shards))  # the other processes' as well
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
 
 
 def _counted(items: Iterable, count: Callable[[], Any]) -> Iterator:

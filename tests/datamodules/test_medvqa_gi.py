@@ -2,6 +2,7 @@
 
 import binascii
 import json
+import re
 import struct
 from collections import Counter
 from pathlib import Path
@@ -570,6 +571,19 @@ def test_a_picture_that_vanishes_later_is_named(tmp_path):
         path.unlink()
     with pytest.raises(UserError, match=r"/images/p\d\.png is missing"):
         samples[0]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_picture_cut_short_is_one_line_whoever_reads_it(tmp_path, workers):
+    root = write_set(tmp_path, pixels=RNG.integers(0, 256, (64, 64, 3)).astype(np.uint8))
+    for path in (tmp_path / "images").iterdir():
+        path.write_bytes(path.read_bytes()[:-2000])
+    data = medvqa(root, workers=workers, check="headers")
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        with pytest.raises(UserError) as refused:
+            list(loader)
+        line = str(refused.value)
+        assert re.fullmatch(r"/.*/images/p\d\.png cannot be decoded \(image file is truncated.*\)", line)
 
 
 def test_fingerprint(tmp_path):

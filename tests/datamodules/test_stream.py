@@ -10,7 +10,15 @@ from torch.utils.data import Dataset
 
 from datamodules.base import DataConfig, ImageDataModule
 from datamodules.batches import Conditions, ImageBatch, collate
-from datamodules.stream import EvaluationSampler, SampleStream, StreamBatchSampler, StreamLoader, derive_seed
+from datamodules.stream import (
+    EvaluationSampler,
+    PlainLoader,
+    SampleStream,
+    StreamBatchSampler,
+    StreamLoader,
+    derive_seed,
+)
+from medsynth.errors import UserError
 
 
 class Positions(Dataset):
@@ -249,3 +257,36 @@ def test_rows_of_a_batch_stay_together(index):
 def test_no_rows():
     batch = collate([Positions(9)[0]])[[]]
     assert len(batch) == 0 and batch.images.shape == (0, 3, 2, 2) and batch.conditions.captions == []
+
+
+# What cannot be read
+
+
+class Cut(Dataset):
+    """Reads all but one of its items."""
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int):
+        if index == 7:
+            raise RefusedError("images/p7.png cannot be decoded (image file is truncated)")
+        return torch.tensor([index])
+
+
+class RefusedError(UserError):
+    """With an exit code of its own."""
+
+    exit_code = 76
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("batch_size", [None, 4])
+def test_a_mistake_in_a_worker_is_the_one_line_that_it_is(workers, batch_size):
+    loader = PlainLoader(Cut(), batch_size=batch_size, collate_fn=lambda items: items, num_workers=workers)
+    taken = []
+    with pytest.raises(RefusedError) as refused:
+        taken.extend(loader)
+    assert str(refused.value) == "images/p7.png cannot be decoded (image file is truncated)"
+    assert refused.value.exit_code == 76
+    assert taken == (list(torch.arange(7)[:, None]) if batch_size is None else [list(torch.arange(4)[:, None])])
