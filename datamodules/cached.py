@@ -15,6 +15,7 @@ from datamodules.stream import derive_seed
 FORMAT = 1
 # Keys that change no sample.
 _IRRELEVANT = {"root", "workers", "latents", "on_bad", "check", "max_pixels", "test_prompts", "class_folder"}
+_IRRELEVANT |= {"group", "on_duplicates"}  # the fingerprint has the split
 
 
 def identity(data: ImageDataModule, digests: Mapping[str, str | None]) -> dict[str, Any]:
@@ -63,6 +64,9 @@ class CachedLatents(ImageDataModule):
     def check(self, on_progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
         return self.source.check(on_progress)
 
+    def notes(self) -> list[str]:
+        return self.source.notes()
+
     def fingerprint(self) -> str:
         return self.source.fingerprint()
 
@@ -84,8 +88,8 @@ class CachedLatents(ImageDataModule):
     def rare_words(self) -> list[str]:
         return self.source.rare_words()
 
-    def write_split(self, run_dir: str) -> None:
-        self.source.write_split(run_dir)
+    def split_facts(self) -> dict[str, Any]:
+        return self.source.split_facts()
 
 
 class _CachedTraining(TrainingSamples):

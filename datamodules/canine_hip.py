@@ -10,7 +10,7 @@ from typing import Optional
 
 from torch import Tensor
 
-from datamodules.captioned import CaptionedConfig, CaptionedDataModule, Contents, Pair, Progress
+from datamodules.captioned import CaptionedConfig, CaptionedDataModule, Contents, Pair, Progress, picture_names
 from datamodules.files.images import check_header, decode_rgb
 from datamodules.files.layouts import LAYOUTS, SPLITS, read_catalogue
 from datamodules.files.pictures import Pictures, shown_by
@@ -29,7 +29,7 @@ class CanineHipConfig(CaptionedConfig):
     name: str = "canine_hip"
     """This data set's name."""
     layout: str = choice("auto", ("auto", *LAYOUTS))
-    """metadata, folders, pairs or webdataset; `auto` looks which it is."""
+    """metadata, folders, pairs or webdataset; `auto` looks which it is, and refuses what may be two of them."""
     caption: Optional[str] = None
     """Template of every caption, such as "ventrodorsal canine pelvic radiograph, {label}": {label} is the class,
     {norberg_left:.0f} a fact of the picture; none: each picture's own caption, in class folders the class's name."""
@@ -54,21 +54,24 @@ class CanineHip(CaptionedDataModule[CanineHipConfig]):
         if config.caption is not None:
             for table in catalogue.splits.values():
                 _fill_in(config.caption, table)
+        groups = self.groups(catalogue.splits.values(), lambda entry: (entry.name, entry.columns()))
         skipped = drop_bad_rows(list(catalogue.splits.values()), config.on_bad)
 
         pairs = {split: _pairs(table) for split, table in catalogue.splits.items()}
         train, val, test = (pairs.get(split, []) for split in SPLITS)
         if not val:
-            train, val = self.split(pairs.get("", train))
+            train, val = self.split(pairs.get("", train), groups)
         summary = {
             "pictures": sum(map(len, pairs.values())),
             "captions": len({pair.prompt for split in pairs.values() for pair in split}),
             "train pictures": len(train),
             "validation pictures": len(val),
             "test pictures": len(test),
+            "pictures without a row": len(catalogue.unlisted),
             "skipped samples": skipped,
         }
-        return Contents(train, val, pictures, summary)
+        notes = catalogue.notes()
+        return Contents(train, val, pictures, summary, test=picture_names(test), groups=groups, notes=notes)
 
 
 class ShardPictures(Pictures[CanineHipConfig]):
@@ -92,8 +95,11 @@ class ShardPictures(Pictures[CanineHipConfig]):
         except UserError:
             check_header(BytesIO(self.shards.read(name)), self._shown(name), self.config.max_pixels)
 
-    def sizes(self, name: str) -> list[int]:
-        return [self.shards.size(name)]
+    def length(self, name: str) -> int:
+        return self.shards.size(name)
+
+    def read(self, name: str, start: int = 0, count: int = -1) -> bytes:
+        return self.shards.read(name, None if count < 0 else count, start)
 
     def _shown(self, name: str) -> str:
         return str(self.folder / name)

@@ -7,7 +7,7 @@ masks, a `Pictures` that opens them.
 import hashlib
 import json
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
@@ -24,12 +24,21 @@ from datamodules.files.images import Geometry, jitter, random_flips
 from datamodules.files.pictures import SIXTEEN_BIT, Pictures, check_window
 from datamodules.files.raster import MOST_PIXELS
 from datamodules.files.tables import Table
+from datamodules.splits import (
+    Contents,
+    Groups,
+    Pair,
+    Progress,
+    hold_out,
+    picture_names,
+    read_groups,
+    require_whole_groups,
+    same_pictures,
+    told,
+)
 from datamodules.stream import SampleOrder, SampleStream, derive_seed
 from medsynth.errors import UserError
-from medsynth.files import write_whole
 from medsynth.ranges import choice, number, numbers
-
-Progress = Callable[[int, int], None]
 
 _BLOCK = 1024  # pictures whose check is under way at once
 
@@ -42,6 +51,13 @@ class CaptionedConfig(DataConfig):
 
     validation_images: int = number(200, least=1)
     """Pictures, with all their prompts, that are held out for validation, drawn by seed."""
+    group: Optional[str] = None
+    """What belongs together (a patient, study, video) and is never split between training, validation and test: a
+    column of the table, or a regular expression of a picture's name whose groups, else whole match, are the group, as
+    "^([^_]+)_" for patient7_3.png; none: each picture is by itself."""
+    on_duplicates: str = choice("warn", ("warn", "fail"))
+    """Pictures that are the same, byte for byte, on two sides of the split: `warn` counts and names them, `fail`
+    stops."""
     square: str = choice("crop", ("crop", "pad"))
     """How a picture becomes square: `crop` takes the largest square, at random along the longer side in training and
     from the centre elsewhere; `pad` keeps the whole picture between black bars."""
@@ -71,40 +87,6 @@ class CaptionedConfig(DataConfig):
 
     def __post_init__(self):
         check_window(self.window, used=self.reads_dicom or self.sixteen_bit == "window")
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """A picture (the name that its `Pictures` opens it by), one of its prompts, and other wordings of that prompt.
-
-    is_prior: a class picture of a prior-preservation loss. label: class index, or None where there are no classes.
-    """
-
-    picture: str
-    prompt: str
-    paraphrases: tuple[str, ...] = ()
-    is_prior: bool = False
-    label: int | None = None
-
-    def sample(self, picture: Tensor | None, caption: str, control: Tensor | None) -> Sample:
-        """The pair as it is shown this time."""
-        return Sample(picture, caption, control, self.is_prior, self.label, derive_seed("picture", self.picture))
-
-
-@dataclass(frozen=True)
-class Contents:
-    """What `check` found.
-
-    train, val: pairs by split. pictures: what opens them. summary: counts by plain names. evaluation: prompts that
-    evaluation asks for instead of those of `val`. classes: the name of each label, where pairs have labels.
-    """
-
-    train: list[Pair]
-    val: list[Pair]
-    pictures: Pictures
-    summary: dict[str, int]
-    evaluation: list[str] | None = None
-    classes: list[str] | None = None
 
 
 CaptionedT = TypeVar("CaptionedT", bound=CaptionedConfig)
@@ -139,8 +121,27 @@ class CaptionedDataModule(ImageDataModule[CaptionedT]):
     def check(self, on_progress: Progress | None = None) -> dict[str, int]:
         """Read the tables and look at every picture once; the first call does the work, later ones remember."""
         if self._found is None:
-            self._found = self._read(on_progress)
+            found = self._read(on_progress)
+            self._compare_sides(found, on_progress)
+            self._found = found
         return dict(self._found.summary)
+
+    def notes(self) -> list[str]:
+        return list(self._contents.notes)
+
+    def _compare_sides(self, found: Contents, on_progress: Progress | None) -> None:
+        """Count groups on each side and the pictures that are the same on two; refuse what must not be there."""
+        sides = found.sides()
+        if found.groups is not None:
+            groups = found.groups
+            require_whole_groups(groups, sides)
+            counts = {side: len({groups[name] for name in names}) for side, names in sides.items()}
+            found.summary["groups"] = sum(counts.values())
+            found.summary.update({f"{side} groups": count for side, count in counts.items() if sides[side]})
+        if same := same_pictures(sides, found.pictures, on_progress):
+            if self.config.on_duplicates == "fail":
+                raise UserError(f"data.on_duplicates=fail: {told(same)}; remove one, or join them by data.group")
+            found.notes.append(told(same))
 
     def fingerprint(self) -> str:
         """SHA-256 of each picture's name, bytes and split, of all prompts, and of the config in `shaping`.
@@ -150,12 +151,14 @@ class CaptionedDataModule(ImageDataModule[CaptionedT]):
         if self._fingerprint is None:
             found = self._contents
             splits = {"train": found.train, "val": found.val}
-            content = {
+            content: dict[str, Any] = {
                 "pictures": {k: [(n, *found.pictures.sizes(n)) for n in picture_names(v)] for k, v in splits.items()},
                 "prompts": [(p.picture, p.prompt, p.paraphrases, p.is_prior) for p in [*found.train, *found.val]],
                 "evaluation": found.evaluation,
                 "config": self._shape(),
             }
+            if self.config.group is not None:
+                content["group"] = self.config.group
             self._fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
         return self._fingerprint
 
@@ -215,12 +218,11 @@ class CaptionedDataModule(ImageDataModule[CaptionedT]):
         worded = {wording for pair in pairs for wording in (pair.prompt, *pair.paraphrases)}
         return sorted(worded.union(self._contents.evaluation or (), [""]))
 
-    def write_split(self, run_dir: str) -> None:
-        """Write `split.json`: the seed, the sorted names of the pictures that train and that validate, the classes."""
+    def split_facts(self) -> dict[str, Any]:
         found = self._contents
         split = {"seed": self.seed, "train": picture_names(found.train), "val": picture_names(found.val)}
         split |= {"classes": found.classes} if found.classes else {}
-        write_whole(Path(run_dir) / "split.json", json.dumps(split, indent=1) + "\n")
+        return split | ({"group": self.config.group} if self.config.group is not None else {})
 
     @property
     def _contents(self) -> Contents:
@@ -259,9 +261,16 @@ class CaptionedDataModule(ImageDataModule[CaptionedT]):
             table, place = places[name]
             table.reject(place, why)
 
-    def split(self, pairs: list[Pair]) -> tuple[list[Pair], list[Pair]]:
-        """Pairs that train, pairs that validate. A picture's rank comes from its name alone, so that one picture more
-        or less leaves nearly all others where they were. Class pictures of a prior all train.
+    def groups(
+        self, tables: Iterable[Table], look: Callable[[Any], tuple[str, Mapping[str, Any]]]
+    ) -> dict[str, str] | None:
+        """The group of each picture of the tables' rows, see `read_groups`; None where `data.group` is none."""
+        return None if self.config.group is None else read_groups(self.config.group, tables, look)
+
+    def split(
+        self, pairs: list[Pair], groups: Groups | None = None, decided: dict[str, bool] | None = None
+    ) -> tuple[list[Pair], list[Pair]]:
+        """Pairs that train, pairs that validate, see `hold_out`. Class pictures of a prior all train.
 
         Raises:
             UserError: no picture is left to train on.
@@ -269,13 +278,10 @@ class CaptionedDataModule(ImageDataModule[CaptionedT]):
         names, held_out = picture_names(p for p in pairs if not p.is_prior), self.config.validation_images
         if held_out >= len(names):
             raise UserError(f"data.validation_images={held_out} leaves none of the {len(names)} pictures to train on")
-        val = set(sorted(names, key=lambda name: derive_seed(self.seed, "split", name))[:held_out])
+        val = hold_out(names, held_out, self.seed, groups, decided)
+        if len(val) == len(names):
+            raise UserError(f"data.group leaves none of {len(names)} pictures, such as {names[0]}, to train on")
         return [p for p in pairs if p.picture not in val], [p for p in pairs if p.picture in val]
-
-
-def picture_names(pairs: Iterable[Pair]) -> list[str]:
-    """The pictures of the pairs, sorted, each once."""
-    return sorted({pair.picture for pair in pairs})
 
 
 class _CaptionedSet(Generic[CaptionedT]):

@@ -10,9 +10,9 @@ On disk, below `<root>`:
 Masks and depth maps are needed only where `data.controls` names them.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import ClassVar, Optional
 
 import numpy as np
@@ -23,12 +23,14 @@ from torchvision.transforms.v2 import InterpolationMode
 
 from datamodules.captioned import CaptionedConfig, CaptionedDataModule, Contents, Pair, Progress, picture_names
 from datamodules.files.control import canny, channels
-from datamodules.files.dicom import DICOM_SUFFIXES, dicom_size
-from datamodules.files.images import Geometry, PictureFolder
+from datamodules.files.depth import SOURCE_FILE
+from datamodules.files.dicom import dicom_size, is_dicom
+from datamodules.files.images import Geometry
 from datamodules.files.levels import Survey
 from datamodules.files.pictures import Pictures, picture_size
 from datamodules.files.raster import read_grey
 from datamodules.files.tables import Table, drop_bad_rows, read_table
+from datamodules.files.walk import PictureFolder, others_in, stem
 from medsynth.errors import UserError
 from medsynth.ranges import number, numbers
 
@@ -90,27 +92,12 @@ class ChestXRayConfig(CaptionedConfig):
             raise UserError(f"data.canny_low={self.canny_low}: must not exceed data.canny_high={self.canny_high}")
 
 
-class XRayFolder(PictureFolder):
-    """A `PictureFolder` that finds DICOM files too."""
-
-    def __init__(self, folder: Path):
-        super().__init__(folder)
-        for path in sorted(folder.rglob("*")):
-            if path.suffix.lower() in DICOM_SUFFIXES:
-                name = path.relative_to(folder)
-                self._names.add(name.as_posix())
-                self._by_stem.setdefault(str(PurePosixPath(name).with_suffix("")), []).append(name.as_posix())
-
-    def __iter__(self) -> Iterator[str]:
-        """The pictures' relative paths, sorted."""
-        return iter(sorted(self._names))
-
-
 class XRayPictures(Pictures[ChestXRayConfig]):
     """Pictures of 8 or 16 bits or DICOM, with the masks and depth maps that `data.controls` asks for."""
 
     def __init__(self, root: Path, config: ChestXRayConfig):
         super().__init__(root / config.images, config)
+        self._root = root
         folders = {"mask": config.masks, "depth": config.depth}
         self._folders = {kind: PictureFolder(root / folders[kind]) for kind in config.controls if kind in folders}
         self._survey = Survey(config.mask_max)
@@ -119,8 +106,7 @@ class XRayPictures(Pictures[ChestXRayConfig]):
         """Refuse an unsound picture, and a mask or depth map that is missing, unsound or of another size."""
         super().check_picture(name)
         path, most = self.folder / name, self.config.max_pixels
-        dicom = path.suffix.lower() in DICOM_SUFFIXES
-        size, cells = dicom_size(path, most) if dicom else (picture_size(path, most),) * 2
+        size, cells = dicom_size(path, most) if is_dicom(path) else (picture_size(path, most),) * 2
         for kind in self._folders:
             path = self._beside(kind, name)
             own = picture_size(path, most)
@@ -160,6 +146,15 @@ class XRayPictures(Pictures[ChestXRayConfig]):
             self._white(kind, path, values, white)
             self._survey.add_mask(path, values)
 
+    def unread(self, names: Iterable[str]) -> dict[str, list[str]]:
+        """By its folder, what lies beside none of these pictures, and masks and depth maps that no control asks for."""
+        stems, found = {stem(name) for name in names}, {self.config.masks: [], self.config.depth: []}
+        for folder in self._folders.values():
+            lonely = [name for name in folder.names() if stem(name) not in stems]
+            own = [name for name in folder.others if name != SOURCE_FILE]
+            found[folder.folder.relative_to(self._root).as_posix()] = sorted(lonely + own)
+        return found
+
     def sizes(self, name: str) -> list[int]:
         return super().sizes(name) + [self._beside(kind, name).stat().st_size for kind in self._folders]
 
@@ -185,7 +180,7 @@ class XRayPictures(Pictures[ChestXRayConfig]):
         """The mask or depth map of a picture."""
         folder = self._folders[kind]
         try:
-            return folder.folder / folder.find(str(PurePosixPath(name).with_suffix("")))
+            return folder.folder / folder.find(stem(name))
         except UserError as error:
             mend = "; run `medsynth prepare depth CONFIG`" * (kind == "depth" and self.config.depth_model is not None)
             raise UserError(f"{error}{mend}") from None
@@ -251,16 +246,16 @@ class ChestXRay(CaptionedDataModule[ChestXRayConfig]):
         source = self.config.depth_model
         assert source is not None  # `model` is its folder
         pictures = XRayPictures(self._root, replace(self.config, controls=[]))
-        names = list(self._folder())
+        names = self._folder().names()
         return write_depth_maps(
             pictures.open_picture, names, self._root / self.config.depth, source, model, on_progress
         )
 
-    def _folder(self) -> XRayFolder:
+    def _folder(self) -> PictureFolder:
         folder = self._root / self.config.images
         if not folder.is_dir():
             raise UserError(f"data.root: {folder} is not a folder")
-        return XRayFolder(folder)
+        return PictureFolder(folder, dicom=True)
 
     def _read(self, on_progress: Progress | None) -> Contents:
         folder = self._folder()
@@ -272,11 +267,12 @@ class ChestXRay(CaptionedDataModule[ChestXRayConfig]):
             for line, row in list(table.rows.items()):
                 if row["Filename"] in faults:
                     table.reject(line, faults[row["Filename"]])
+        groups = self.groups(tables, lambda row: (row["Filename"], row))
         skipped = drop_bad_rows(tables, self.config.on_bad)
         pictures.check_levels([name for name in names if name not in faults])
 
         pairs = [Pair(row["Filename"], row["Prompt"]) for table in tables for row in table.rows.values()]
-        train, val = self.split(pairs)
+        train, val = self.split(pairs, groups)
         summary = {
             "pictures": len(picture_names(pairs)),
             "pairs": len(pairs),
@@ -285,9 +281,11 @@ class ChestXRay(CaptionedDataModule[ChestXRayConfig]):
             "validation pictures": len(picture_names(val)),
             "skipped rows": skipped,
         }
-        return Contents(train, val, pictures, summary)
+        beside = pictures.unread(folder.names())
+        notes = others_in(self._root, {self.config.images: folder.others} | beside, [self.config.captions or _CAPTIONS])
+        return Contents(train, val, pictures, summary, groups=groups, notes=notes)
 
-    def _tables(self, folder: XRayFolder) -> list[Table]:
+    def _tables(self, folder: PictureFolder) -> list[Table]:
         """The rows of the captions file, whose Filename becomes the picture's path, and those of all other pictures."""
         captioned = self._captions()
         for line, row in list(captioned.rows.items()):
@@ -297,7 +295,7 @@ class ChestXRay(CaptionedDataModule[ChestXRayConfig]):
                 captioned.reject(line, str(error))
         named = {row["Filename"] for row in captioned.rows.values()}
         others = Table(self.config.images)
-        for line, name in enumerate(folder, 1):
+        for line, name in enumerate(folder.names(), 1):
             if name not in named:
                 others.rows[line] = {"Filename": name, "Prompt": self.config.prompt}
         return [table for table in (captioned, others) if table.rows or table.faults]

@@ -30,9 +30,10 @@ from datamodules.captioned import (
     picture_names,
 )
 from datamodules.files.images import Geometry
-from datamodules.files.layouts import SPLITS, Entry, read_catalogue
+from datamodules.files.layouts import SPLITS, Catalogue, Entry, read_catalogue
 from datamodules.files.pictures import Pictures
 from datamodules.files.tables import Table, drop_bad_rows
+from datamodules.files.walk import stem
 from datamodules.stream import derive_seed
 from medsynth.errors import UserError
 from medsynth.ranges import choice, number
@@ -83,19 +84,21 @@ class Cytology(CaptionedDataModule[CytologyConfig]):
         return CytologyTrainingSet(pairs, self._contents.pictures, self.config, self.seed)
 
     def _read(self, on_progress: Progress | None) -> Contents:
-        catalogue = read_catalogue(self._root, "folders", texts=False)
+        catalogue = read_catalogue(self._root, "folders", texts=False, given=False)
+        catalogue.use([self.config.template or ""])
         tables, pictures = catalogue.splits, Pictures(self._root, self.config)
         lines = self._template()
         for table in tables.values():
-            self._caption(table)
+            self._caption(table, catalogue)
         self.reject_faults(tables.values(), pictures, on_progress)
+        groups = self.groups(tables.values(), lambda entry: (entry.name, entry.columns()))
         skipped = drop_bad_rows(list(tables.values()), self.config.on_bad)
 
         classes = sorted({entry.label for table in tables.values() for entry in table.rows.values()})
         pairs = {split: self._pairs(table.rows.values(), lines, classes) for split, table in tables.items()}
         train, val, test = (pairs.get(split, []) for split in SPLITS)
         if not val:
-            train, val = self.split(pairs.get("", train))
+            train, val = self.split(pairs.get("", train), groups)
         everything = [pair for split in pairs.values() for pair in split]
         members = Counter(pair.label for pair in everything)
         summary = {
@@ -107,18 +110,23 @@ class Cytology(CaptionedDataModule[CytologyConfig]):
             "test pictures": len(test),
             "skipped samples": skipped,
         }
-        return Contents(train, val, pictures, summary, classes=classes)
+        return Contents(
+            train, val, pictures, summary, classes=classes, test=picture_names(test), groups=groups,
+            notes=catalogue.notes(),
+        )  # fmt: skip
 
-    def _caption(self, table: Table) -> None:
+    def _caption(self, table: Table, catalogue: Catalogue) -> None:
         """Make each entry's text its caption; an entry whose .txt cannot be read is rejected."""
+        if self.config.filewords == "file":
+            catalogue.use(stem(entry.name) + ".txt" for entry in table.rows.values())
         for place, entry in list(table.rows.items()):
             try:
                 entry.text = entry.label if self.config.filewords == "class" else self._file_words(entry)
             except (OSError, UnicodeDecodeError):
-                table.reject(place, f"{PurePosixPath(entry.name).with_suffix('.txt')} is no text in UTF-8")
+                table.reject(place, f"{stem(entry.name)}.txt is no text in UTF-8")
 
     def _file_words(self, entry: Entry) -> str:
-        beside = (self._root / entry.name).with_suffix(".txt")
+        beside = self._root / f"{stem(entry.name)}.txt"
         if beside.is_file() and (caption := " ".join(beside.read_text(encoding="utf-8-sig").split())):
             return caption
         if entry.text != entry.label:  # of extra.jsonl

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from datamodules.batches import DRAWN_FILE, Drawing, undrawn
 from datamodules.captioned import CaptionedConfig, CaptionedDataModule, Contents, Pair, Progress, TrainingSet
-from datamodules.files.images import PictureFolder
 from datamodules.files.layouts import Catalogue, Entry, read_catalogue
 from datamodules.files.pictures import Pictures
 from datamodules.files.tables import Table, drop_bad_rows
+from datamodules.files.walk import PictureFolder, stem
 from datamodules.stream import SampleStream, derive_seed
 from medsynth.errors import UserError
 from medsynth.ranges import number
@@ -95,12 +95,13 @@ class DreamBoothData(CaptionedDataModule[DreamBoothConfig]):
         catalogue = _read_classes(self._root.absolute())
         pictures = SubjectPictures(self._root, self._class_folder, self.config)
         self.reject_faults(catalogue.splits.values(), pictures, on_progress)
+        groups = self.groups(catalogue.splits.values(), lambda entry: (entry.name, entry.columns()))
         skipped = drop_bad_rows(list(catalogue.splits.values()), self.config.on_bad)
         splits = {split: list(table.rows.values()) for split, table in catalogue.splits.items()}
         self._labels = sorted({entry.label for entries in splits.values() for entry in entries})
         self._check_words()
 
-        train, val = self._divide(splits)
+        train, val = self._divide(splits, groups)
         prior = self._prior()
         self._check_drawn(prior, pictures, on_progress)
         summary = {
@@ -115,7 +116,10 @@ class DreamBoothData(CaptionedDataModule[DreamBoothConfig]):
         }
         asked = [pair.prompt for pair in train + val]
         val = val or train
-        return Contents(train + prior, val + _spread(prior, len(val)), pictures, summary, asked)
+        return Contents(
+            train + prior, val + _spread(prior, len(val)), pictures, summary, asked,
+            test=sorted(entry.name for entry in splits.get("test", [])), groups=groups, notes=catalogue.notes(),
+        )  # fmt: skip
 
     def _check_words(self) -> None:
         """Refuse tokens of unknown classes, classes that can have no folder, and prompts that say the same."""
@@ -128,14 +132,15 @@ class DreamBoothData(CaptionedDataModule[DreamBoothConfig]):
             if self.config.class_pictures and prompt == self._class_prompt(label):
                 raise UserError(f"data.instance_prompt and data.class_prompt both say {prompt!r}: they must differ")
 
-    def _divide(self, splits: dict[str, list[Entry]]) -> tuple[list[Pair], list[Pair]]:
-        """Pairs that train and that validate, of each class by itself."""
+    def _divide(self, splits: dict[str, list[Entry]], groups: dict[str, str] | None) -> tuple[list[Pair], list[Pair]]:
+        """Pairs that train and that validate, of each class by itself but for groups that several classes have."""
         by_class: dict[str, list[Pair]] = {}
         for entry in splits.get("", splits.get("train", [])):
             by_class.setdefault(entry.label, []).append(self._pair(entry))
         if "validation" in splits:
             return [*chain(*by_class.values())], [self._pair(entry) for entry in splits["validation"]]
-        train, val = zip(*map(self.split, by_class.values()), strict=True)
+        decided: dict[str, bool] = {}
+        train, val = zip(*(self.split(pairs, groups, decided) for pairs in by_class.values()), strict=True)
         return [*chain(*train)], [*chain(*val)]
 
     def _pair(self, entry: Entry) -> Pair:
@@ -191,7 +196,6 @@ class SubjectPictures(Pictures):
         self._class_folder = class_folder
 
     def path(self, name: str) -> Path:
-        """Where a picture lies."""
         if name.startswith(_PRIOR):
             return self._class_folder / name.removeprefix(_PRIOR)
         return self.folder / name
@@ -203,8 +207,7 @@ class SubjectPictures(Pictures):
         super().check_picture(str(self.path(name).absolute()))
 
     def sizes(self, name: str) -> list[int]:
-        path = self.path(name)
-        return [path.stat().st_size] if path.is_file() else []
+        return super().sizes(name) if self.path(name).is_file() else []
 
 
 class AlternatingStream:
@@ -239,11 +242,12 @@ class DreamBoothTrainingSet(TrainingSet[DreamBoothConfig]):
 
 
 def _read_classes(root: Path) -> Catalogue:
-    names = PictureFolder(root).names()
+    flat = PictureFolder(root)
+    names = flat.names()
     if not names or any("/" in name for name in names):
-        return read_catalogue(root, "folders", texts=False)
-    rows = {name: Entry(name, PurePath(name).stem, root.name, root.name) for name in names}
-    return Catalogue(root, "folders", {"": Table(root.name, rows, noun="sample")})
+        return read_catalogue(root, "folders", texts=False, given=False)
+    rows = {name: Entry(name, stem(name), root.name, root.name) for name in names}
+    return Catalogue(root, "folders", {"": Table(root.name, rows, noun="sample")}, unread=flat.others)
 
 
 def _filled(key: str, template: str, **words: str) -> str:

@@ -19,11 +19,13 @@ from datamodules.captioned import (
     ValidationSet,
     picture_names,
 )
-from datamodules.files.images import PictureFolder
 from datamodules.files.pictures import Pictures
 from datamodules.files.tables import Table, drop_bad_rows, read_table
+from datamodules.files.walk import PictureFolder, others_in, without_row
 from medsynth.errors import UserError
 from medsynth.ranges import choice, number
+
+_TEST_PROMPTS = "test-prompts.csv"  # lies beside the pictures for whoever asks for it by data.test_prompts
 
 
 @dataclass
@@ -88,14 +90,16 @@ class MedVQAGI(CaptionedDataModule[MedVQAGIConfig]):
         pictures = Pictures(self._root / self.config.images, self.config)
         if not pictures.folder.is_dir():
             raise UserError(f"data.root: {pictures.folder} is not a folder")
-        table = read_table(self._root / self.config.csv, ("Filename", "Prompt"), "data.root")
+        table = read_table(self._root / self.config.csv, ("Filename", "Prompt"), "data.root", optional=("Paraphrase",))
         wordings = self._optional_table("paraphrases", ("Prompt", "Paraphrase"))
         asked = self._optional_table("test_prompts", ("Prompt",))
-        unnamed = self._check_pictures(table, pictures, on_progress)
+        folder = PictureFolder(pictures.folder)
+        unnamed = self._check_pictures(table, folder, pictures, on_progress)
+        groups = self.groups([table], lambda row: (row["Filename"], row))
         skipped = drop_bad_rows([t for t in (table, wordings, asked) if t], self.config.on_bad)
 
         pairs = _pairs(table, wordings)
-        train, val = self.split(pairs)
+        train, val = self.split(pairs, groups)
         summary = {
             "pictures": len(picture_names(pairs)),
             "pairs": len(pairs),
@@ -103,23 +107,26 @@ class MedVQAGI(CaptionedDataModule[MedVQAGIConfig]):
             "paraphrases": len({wording for pair in pairs for wording in pair.paraphrases}),
             "train pictures": len(picture_names(train)),
             "validation pictures": len(picture_names(val)),
-            "pictures without a row": unnamed,
+            "pictures without a row": len(unnamed),
             "duplicate rows": len(pairs) - len({(pair.picture, pair.prompt) for pair in pairs}),
             "skipped rows": skipped,
         }
         prompts = [row["Prompt"] for row in asked.rows.values()] if asked else None
-        return Contents(train, val, pictures, summary, prompts)
+        tables = [self.config.csv, self.config.paraphrases or "", self.config.test_prompts or "", _TEST_PROMPTS]
+        notes = without_row(unnamed) + others_in(self._root, {self.config.images: folder.others}, tables)
+        return Contents(train, val, pictures, summary, prompts, groups=groups, notes=notes)
 
     def _optional_table(self, key: str, columns: tuple[str, ...]) -> Table | None:
         path = getattr(self.config, key)
         return read_table(self._root / path, columns, f"data.{key}") if path else None
 
-    def _check_pictures(self, table: Table, pictures: Pictures, on_progress: Progress | None) -> int:
+    def _check_pictures(
+        self, table: Table, folder: PictureFolder, pictures: Pictures, on_progress: Progress | None
+    ) -> list[str]:
         """Put each picture's path in place of its row's Filename, and reject the rows without a sound picture.
 
-        Returns how many pictures of the folder no row names.
+        Returns the pictures of the folder that no row names.
         """
-        folder = PictureFolder(pictures.folder)
         for line, row in list(table.rows.items()):
             try:
                 row["Filename"] = folder.find(row["Filename"])
@@ -130,7 +137,8 @@ class MedVQAGI(CaptionedDataModule[MedVQAGIConfig]):
         for line, row in list(table.rows.items()):
             if row["Filename"] in faults:
                 table.reject(line, faults[row["Filename"]])
-        return len(folder) - len(names)
+        named = set(names)
+        return [name for name in folder.names() if name not in named]
 
 
 class PromptTrainingSet(TrainingSet[MedVQAGIConfig]):

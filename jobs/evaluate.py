@@ -62,6 +62,8 @@ def main(
     check_window(window, used=True)
     sides = {"real": real, "fake": fake}
     sides = {side: _Folder(folder, resolution, sixteen_bit, window) for side, folder in sides.items()}
+    for note in [note for side in sides.values() for note in side.notes]:
+        click.echo(note)
     network = build_extractor(extractor, weights)
     metrics = GenerationMetrics(network, len(sides["real"]), len(sides["fake"])).to(pick_device(device))
     _stream(sides["real"], metrics.update_real, "real", batch_size, workers)
@@ -86,12 +88,14 @@ class _Folder:
     def __init__(
         self, folder: Path, resolution: int | None, sixteen_bit: str = "full", window: tuple[float, float] | None = None
     ):
-        from datamodules.files.dicom import DICOM_SUFFIXES
         from datamodules.files.images import SUFFIXES
+        from datamodules.files.walk import PictureFolder, not_read
 
         if not folder.is_dir():
             raise UserError(f"there is no folder {folder}")
-        self.paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES | DICOM_SUFFIXES)
+        found = PictureFolder(folder, dicom=True)
+        self.paths = sorted(folder / name for name in found.names())
+        self.notes = [f"{folder}: {note}" for note in not_read(found.others)]
         self.resolution, self.sixteen_bit, self.window = resolution, sixteen_bit, window
         if not self.paths:
             raise UserError(f"{folder} holds no pictures ({', '.join(sorted(SUFFIXES))})")

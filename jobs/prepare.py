@@ -96,12 +96,15 @@ def convert(source: Path, layout: str, out: Path, shard_size: int, source_layout
 
     from datamodules.files.layout_writers import convert
 
+    notes: list[str] = []
     with Progress(transient=True) as progress:
         task = progress.add_task("converting", total=None)
         images = convert(
             source, out, layout, shard_size, source_layout,
-            lambda done, total: progress.update(task, completed=done, total=total),
+            lambda done, total: progress.update(task, completed=done, total=total), notes.append,
         )  # fmt: skip
+    for note in notes:
+        click.echo(note)
     click.echo(f"{images} pictures in {out}, in the layout {layout}")
 
 

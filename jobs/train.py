@@ -87,7 +87,7 @@ def train(config: "DictConfig") -> "Trainer":
 def _train(config: "DictConfig", request: "StopRequest") -> "Trainer":
     from callbacks.divergence import Divergence
     from jobs.run.config import instantiate
-    from jobs.run.folder import build_data, refuse_another_run, write_config
+    from jobs.run.folder import build_data, refuse_another_run, require_same_split, write_config
     from jobs.tracking.facts import run_facts
     from jobs.tracking.logger import RunTracker
     from medsynth.owner import Owner
@@ -109,6 +109,7 @@ def _train(config: "DictConfig", request: "StopRequest") -> "Trainer":
             _announce(config, module, data, counts)
 
         owner.claim()
+        require_same_split(data, run_dir)
         write_config(config)
         data.write_split(str(run_dir))
         checkpoint = _newest_checkpoint(run_dir, trainer.is_global_zero)
@@ -170,7 +171,7 @@ def _announce(
     trial = try_picture(module, data)
     steps_by_itself = type(module).learn is not GenerativeModule.learn  # and names what it has done as it likes
     check_monitor(config, trial.losses, any_of_training=steps_by_itself)
-    print_summary(config, module, trial, counts)
+    print_summary(config, module, trial, counts, data.notes())
     click.echo(f"MLflow: {ui_command(config.tracking.uri, config.tracking.experiment)}")
 
 

@@ -143,7 +143,7 @@ def test_the_top_of_a_room_is_its_list():
         "lightning_modules", "lightning_modules.base"
     }  # fmt: skip
     data = {target.split(":")[0] for target in DATA.values()}
-    contract = {"base", "batches", "stream", "captioned", "cached"}
+    contract = {"base", "batches", "stream", "splits", "captioned", "cached"}
     assert {p.stem for p in of_floor("datamodules") if module_name(p) not in data} == {"__init__", *contract}
     for path in of_floor("jobs"):
         if path.stem not in ("__init__", "cli"):

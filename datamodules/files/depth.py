@@ -1,7 +1,7 @@
 """Depth maps that a pretrained depth-estimation model makes of pictures, once, before any training."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from datamodules.files.walk import stem
 from medsynth.errors import UserError
 
 SOURCE_FILE = "depth-model.txt"
@@ -37,7 +38,7 @@ def write_depth_maps(
         UserError: the folder holds no depth-estimation model; `out` holds maps of another origin.
     """
     _claim(out, source)
-    targets = {name: out / PurePosixPath(name).with_suffix(".png") for name in names}
+    targets = {name: out / f"{stem(name)}.png" for name in names}
     missing = [name for name in names if not targets[name].is_file()]
     if not missing:
         return 0

@@ -15,12 +15,28 @@ from torchvision.transforms.v2.functional import resize
 from datamodules.files.dicom_display import GREY, Display, Lut, read_display
 from datamodules.files.dicom_header import COPY, Header, one_line, open_dicom
 from datamodules.files.dicom_pixels import colours, decode
+from datamodules.files.images import SUFFIXES
 from medsynth.errors import UserError
 
-DICOM_SUFFIXES = frozenset({".dcm", ".dicom"})
+DICOM_SUFFIXES = frozenset({".dcm", ".dicom", ".ima"})
 
 PERCENTILES = (0.5, 99.5)
 """Values shown black and white where neither the file nor the config gives a window."""
+
+
+def is_dicom(path: Path) -> bool:
+    """Whether a file is DICOM, by its suffix, or else by its first bytes where it has no suffix of another picture.
+
+    A file that cannot be opened is none.
+    """
+    suffix = path.suffix.lower()
+    if suffix in DICOM_SUFFIXES or suffix in SUFFIXES:
+        return suffix in DICOM_SUFFIXES
+    try:
+        with path.open("rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
 
 
 def apply_window(values: NDArray, centre: float, width: float, function: str = "LINEAR") -> NDArray[np.float64]:

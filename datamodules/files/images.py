@@ -1,10 +1,10 @@
-"""Pictures on disk: finding them, reading any of them as RGB, making them square, and the augmentations they share.
+"""Pictures on disk: reading any of them as RGB, making them square, and the augmentations they share.
 
 Between the functions a picture is a tensor (3, H, W): uint8 as read, float32 in [0, 1] where said.
 """
 
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -15,46 +15,10 @@ from torchvision.transforms.v2 import functional as F
 
 from datamodules.files import raster
 from datamodules.files.raster import Show, show_full
-from medsynth.errors import UserError
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp"})
-
-
-class PictureFolder:
-    """The pictures below one folder, found by their relative path with or without the suffix."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        paths = (path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-        self._names = {path.as_posix() for path in paths}
-        self._by_stem: dict[str, list[str]] = {}
-        for name in sorted(self._names):
-            self._by_stem.setdefault(str(PurePosixPath(name).with_suffix("")), []).append(name)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def names(self) -> list[str]:
-        """Relative path of every picture, sorted."""
-        return sorted(self._names)
-
-    def find(self, name: str) -> str:
-        """Relative path, suffix included, of the picture called `name`.
-
-        Raises:
-            UserError: there is no such picture, or two, or the name leads out of the folder.
-        """
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts:
-            raise UserError(f"{name} leads out of the folder {self.folder.name}")
-        if str(path) in self._names:
-            return str(path)
-        found = self._by_stem.get(str(path), [])
-        if not found:
-            raise UserError(f"{self.folder.name}/{name}{'' if path.suffix.lower() in SUFFIXES else '.*'} is missing")
-        if len(found) > 1:
-            raise UserError(f"{name} may be {' or '.join(found)}: write the suffix")
-        return found[0]
+SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".jp2", ".j2k", ".avif"}
+)
 
 
 def read_rgb(path: Path, max_pixels: int, least_side: int = 0, show: Show = show_full) -> Tensor:

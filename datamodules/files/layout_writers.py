@@ -10,17 +10,11 @@ from io import BytesIO
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from datamodules.files.layouts import (
-    COLUMNS,
-    EXTRA_FILE,
-    METADATA_FILE,
-    SPLITS,
-    Entry,
-    from_cell,
-    read_catalogue,
-    tidy,
-)
-from datamodules.files.tables import Table
+from datamodules.files.detection import EXTRA_FILE, METADATA_FILE, is_plain_class, split_of
+from datamodules.files.entries import COLUMNS, Entry, from_cell, tidy
+from datamodules.files.layouts import read_catalogue
+from datamodules.files.tables import Table, has_value, no_value
+from datamodules.files.walk import is_hidden
 from medsynth.errors import UserError
 from medsynth.files import new_folder
 
@@ -42,7 +36,7 @@ class LayoutWriter(AbstractContextManager):
         Raises:
             UserError: another sample has the same key.
         """
-        place = self.place(entry)
+        place = _visible(self.place(entry))
         if place in self._taken:
             raise UserError(f"{entry.name} and {self._taken[place]} would both be {place}: rename one of them")
         self._taken[place] = entry.name
@@ -73,12 +67,22 @@ class _MetadataWriter(LayoutWriter):
         super().__init__(folder)
         self._rows: list[dict[str, str]] = []
 
+    def place(self, entry: Entry) -> str:
+        return f"_{entry.key}" if split_of(entry.key.partition("/")[0]) and "/" in entry.key else entry.key
+
     def write(self, entry: Entry, place: str, file_name: str, data: bytes) -> dict[str, Any]:
-        facts = super().write(entry, place, file_name, data).get("facts", {})
+        if not has_value(entry.text):
+            raise UserError(f"{entry.name}: {no_value('its caption', entry.text)}: change it, or take another layout")
+        extra = super().write(entry, place, file_name, data)
+        facts = extra.pop("facts", {})
         columns = [key for key in facts if key not in COLUMNS and _COLUMN_NAME.fullmatch(key)]
-        row = {"file_name": file_name, "text": entry.text} | ({"label": entry.label} if entry.label else {})
+        row = {"file_name": file_name, "text": entry.text}
+        if has_value(entry.label):
+            row |= {"label": entry.label} if entry.label else {}
+        else:
+            extra["label"] = entry.label
         self._rows.append(row | {key: _to_cell(facts.pop(key)) for key in columns})
-        return {"facts": facts} if facts else {}
+        return extra | ({"facts": facts} if facts else {})
 
     def __exit__(self, failure: type | None, *_: object) -> None:
         super().__exit__(failure)
@@ -162,14 +166,20 @@ def layout_writer(folder: Path, layout: str, shard_size: int = 1000) -> LayoutWr
 
 def _to_cell(value: Any) -> str:
     """A cell of metadata.csv that reads as `value` again."""
-    if isinstance(value, str) and value and value == tidy(value) == from_cell(value):
+    if isinstance(value, str) and value and has_value(value) and value == tidy(value) == from_cell(value):
         return value
     return json.dumps(value, ensure_ascii=False)
 
 
 def _file_name(label: str) -> str:
-    """A label as the name of a folder or shard."""
-    return re.sub(r"[^\w .()+-]", "_", label).strip(" .") or _UNLABELLED
+    """A label as the name of a folder or shard that is read as a class."""
+    name = re.sub(r"[^\w .()+-]", "_", label).strip(" .") or _UNLABELLED
+    return name if is_plain_class(name) else f"_{name}"
+
+
+def _visible(place: str) -> str:
+    """A path whose parts are all read as data."""
+    return "/".join(f"_{part}" if is_hidden(part) else part for part in place.split("/"))
 
 
 def _pack(tar: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -185,17 +195,22 @@ def convert(
     shard_size: int = 1000,
     source_layout: str = "auto",
     on_progress: Callable[[int, int], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
 ) -> int:
     """Write the data set `source` to the folder `out` in another layout, and return how many pictures it has.
 
     The pictures' bytes, the captions, the classes and the facts stay what they are, so that the way back gives the same
-    set. `out` appears when it is complete. shard_size: samples a shard.
+    set. `out` appears when it is complete. shard_size: samples a shard. `on_note(line)` hears what lies in `source` and
+    is not read.
 
     Raises:
         UserError: a sample is bad (all are listed), two would get one name, or one a name that reads otherwise; `out`
             is not empty or not to be written.
     """
     catalogue = read_catalogue(source, source_layout, key="SOURCE")
+    if on_note:
+        for note in catalogue.notes():
+            on_note(note)
     if bad := [table for table in catalogue.splits.values() if table.faults]:
         raise UserError("\n".join(table.report("mend or remove them, then convert again") for table in bad))
     total, done = sum(len(table.rows) for table in catalogue.splits.values()), 0
@@ -204,13 +219,22 @@ def convert(
             (folder / split).mkdir(exist_ok=True)
             with layout_writer(folder / split, layout, shard_size) as writer:
                 for entry in _with_own_keys(table):
-                    if not split and layout in ("folders", "pairs") and writer.place(entry).startswith(f"{SPLITS[0]}/"):
-                        raise UserError(f"{entry.name}: a folder {SPLITS[0]} would be taken for a split: rename it")
+                    if layout in ("folders", "pairs"):
+                        _refuse_splits(entry, writer.place(entry), bool(split))
                     writer.add(entry, catalogue.read(entry.name))
                     done += 1
                     if on_progress:
                         on_progress(done, total)
     return total
+
+
+def _refuse_splits(entry: Entry, place: str, inside: bool) -> None:
+    """Refuse a folder that would be read as one of a split; inside: of a split's folder, where only those below are."""
+    folders = place.split("/")[:-1]
+    odd = [folder for folder in folders[:1] if not inside and split_of(folder)]
+    odd += [folder for folder in folders[1:] if split_of(folder) == "train"]
+    if odd:
+        raise UserError(f"{entry.name}: a folder {odd[0]} would be taken for a split: rename it")
 
 
 def _with_own_keys(table: Table) -> Iterable[Entry]:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from datamodules.files.dicom import DICOM_SUFFIXES, apply_window, dicom_size, read_dicom, stretch
+from datamodules.files.dicom import apply_window, dicom_size, is_dicom, read_dicom, stretch
 from datamodules.files.images import Geometry, read_rgb
 from datamodules.files.raster import Show, show_full, show_range, upright_size
 from medsynth.errors import UserError
@@ -40,7 +40,7 @@ def read_picture(
     Raises:
         UserError: one line, which begins with `path` and says what is wrong with it.
     """
-    if path.suffix.lower() in DICOM_SUFFIXES:
+    if is_dicom(path):
         return read_dicom(path, max_pixels, window)
     return read_rgb(path, max_pixels, least_side, shown_by(sixteen_bit, window))
 
@@ -51,9 +51,7 @@ def picture_size(path: Path, max_pixels: int) -> tuple[int, int]:
     Raises:
         UserError: the message starts with `path`: missing, or no picture that can be read.
     """
-    if path.suffix.lower() in DICOM_SUFFIXES:
-        return dicom_size(path, max_pixels)[0]
-    return upright_size(path, max_pixels)
+    return dicom_size(path, max_pixels)[0] if is_dicom(path) else upright_size(path, max_pixels)
 
 
 def shown_by(sixteen_bit: str, window: Sequence[float] | None) -> Show:
@@ -108,7 +106,21 @@ class Pictures(Generic[ReadingT]):
 
     def sizes(self, name: str) -> list[int]:
         """Bytes of each file that a sample of this picture is made of, for the fingerprint."""
-        return [(self.folder / name).stat().st_size]
+        return [self.length(name)]
+
+    def length(self, name: str) -> int:
+        """Bytes of the picture's own file."""
+        return self.path(name).stat().st_size
+
+    def read(self, name: str, start: int = 0, count: int = -1) -> bytes:
+        """The file's bytes from `start`: all, or `count` of them."""
+        with self.path(name).open("rb") as file:
+            file.seek(start)
+            return file.read(count)
+
+    def path(self, name: str) -> Path:
+        """Where a picture lies; of one in a shard, what messages call it."""
+        return self.folder / name
 
     def control(
         self, name: str, geometry: Geometry, picture: Callable[[], Tensor], rng: np.random.Generator | None

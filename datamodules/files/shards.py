@@ -14,10 +14,12 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from datamodules.files.images import SUFFIXES
+from datamodules.files.walk import is_document, is_hidden
 from medsynth.errors import UserError
 
 _NAME = re.compile(r"(?P<key>(?:.*/)?[^./][^./]*)\.(?P<kind>[^/]+)")
 """A member's key ends at the first dot of its file name; the rest says what it is."""
+_DOTS = "its key ends at the first dot of the name, as {key}: pack it again without dots in the keys"
 _MOST_TEXT = 1 << 20  # bytes of a caption or of the facts of one sample
 
 
@@ -42,40 +44,61 @@ class Shards:
         self._rows: dict[str, int] = {}
         self._places = array("q")  # shard, offset, bytes; one triple a picture
 
-    def index(self, shard: str, faults: dict[str, str]) -> dict[str, ShardSample]:
+    def index(self, shard: str, faults: dict[str, str], unread: list[str]) -> dict[str, ShardSample]:
         """Find the members of one shard; its samples by key, in their order.
 
         faults: gets what is wrong with the shard and its members, by shard or member name; those before a fault count.
+        unread: gets the names of the members that are read as nothing.
         """
         samples: dict[str, ShardSample] = {}
+        others: dict[str, list[str]] = {}  # by key
         self._shards.append(shard)
         try:
             with tarfile.open(self.root / shard, "r:") as tar:
                 for member in tar:
-                    self._add(tar, member, samples, faults)
+                    self._add(tar, member, samples, others, faults)
                 tar.fileobj.seek(tar.offset)
                 if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                     raise tarfile.ReadError("no end mark")
         except (tarfile.TarError, OSError) as error:
             faults[shard] = f"is cut off, damaged or compressed after {len(samples)} samples ({error}): copy it again"
+        for key, names in others.items():
+            dotted = [name for name in names if PurePosixPath(name).suffix.lower() in SUFFIXES]
+            if dotted and key in samples and samples[key].picture is None:
+                faults |= {f"{shard}/{name}": _DOTS.format(key=PurePosixPath(key).name) for name in names}
+                del samples[key]
+            else:
+                unread += [f"{shard}/{name}" for name in names]
         return samples
 
-    def read(self, name: str, limit: int | None = None) -> bytes:
-        """A picture's bytes, or the first `limit` of them."""
+    def read(self, name: str, limit: int | None = None, start: int = 0) -> bytes:
+        """A picture's bytes from `start`, or the first `limit` of those."""
         row = 3 * self._rows[name]
         shard, offset, size = self._places[row : row + 3]
-        return _last_file.read(self.root / self._shards[shard], offset, size if limit is None else min(size, limit))
+        left = size - start
+        return _last_file.read(
+            self.root / self._shards[shard], offset + start, left if limit is None else min(left, limit)
+        )
 
     def size(self, name: str) -> int:
         """A picture's bytes, counted."""
         return self._places[3 * self._rows[name] + 2]
 
     def _add(
-        self, tar: tarfile.TarFile, member: tarfile.TarInfo, samples: dict[str, ShardSample], faults: dict[str, str]
+        self,
+        tar: tarfile.TarFile,
+        member: tarfile.TarInfo,
+        samples: dict[str, ShardSample],
+        others: dict[str, list[str]],
+        faults: dict[str, str],
     ) -> None:
         shard, name = self._shards[-1], str(PurePosixPath(member.name))
+        if member.isdir() or any(is_hidden(part) for part in PurePosixPath(name).parts if part not in ("..", ".")):
+            return
         parts = _NAME.fullmatch(name)
-        if member.isdir() or not parts:
+        if not parts:
+            if not is_document(name):
+                others.setdefault("", []).append(name)
             return
         if fault := _hostility(member, name):
             faults[f"{shard}/{member.name}"] = fault
@@ -83,6 +106,7 @@ class Shards:
         sample, kind = samples.setdefault(parts["key"], ShardSample()), parts["kind"].lower()
         field = {"txt": "text", "json": "facts"}.get(kind, "picture" if f".{kind}" in SUFFIXES else None)
         if field is None:
+            others.setdefault(parts["key"], []).append(name)
             return
         if getattr(sample, field) is not None:
             faults[f"{shard}/{name}"] = f"two samples have the key {parts['key']}"

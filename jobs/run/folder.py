@@ -1,7 +1,7 @@
 """A run directory: what `medsynth train` writes and the other commands read.
 
 RUN/config.yaml        the resolved config: training it again resumes the run
-RUN/split.json         which pictures train and which validate
+RUN/split.json         which pictures train and which validate, and what keeps them together
 RUN/checkpoints/       best.ckpt and last.ckpt
 RUN/grids/             pictures beside their prompts, one file an evaluation
 RUN/export/            the trained weights in the ecosystem's layout
@@ -21,6 +21,7 @@ from callbacks.finite import first_not_finite
 from datamodules.base import ImageDataModule
 from datamodules.cached import CachedLatents
 from datamodules.files.latents import Cache
+from datamodules.files.walk import listed
 from jobs.run.checks import accumulation
 from jobs.run.config import instantiate, load_config, to_yaml
 from jobs.run.registry import data_class, method_class
@@ -30,6 +31,7 @@ from medsynth.errors import UserError
 from medsynth.files import write_whole
 
 CONFIG_FILE = "config.yaml"
+SPLIT_FILE = "split.json"
 # Another value here makes other weights: the run directory cannot go on with it. How they are stepped may change.
 _IDENTITY = ("method", "model", "seed")
 _STEPPING = "optim"  # of the model
@@ -96,6 +98,25 @@ def read_config(run_dir: Path) -> DictConfig:
     return load_config([path])
 
 
+def require_same_split(data: ImageDataModule, run_dir: Path) -> None:
+    """Refuse to go on with a run whose training pictures would now validate.
+
+    Raises:
+        UserError: so it is, by the run's `split.json`.
+    """
+    try:
+        before = json.loads((run_dir / SPLIT_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    now = data.split_facts()
+    trained, validate = (set(split.get(side, ())) for split, side in ((before, "train"), (now, "val")))
+    if moved := sorted(trained.difference(before.get("val", ())) & validate.difference(now.get("train", ()))):
+        raise UserError(
+            f"run_dir={run_dir}: {listed(moved)} trained in this run and would now validate: set the split as it was "
+            f"(data.group, data.validation_images, the pictures themselves), or choose another run_dir"
+        )
+
+
 def load_run(run_dir: Path, checkpoint: str = "best") -> tuple[GenerativeModule, DictConfig]:
     """The trained model of a run with its averaged weights, in evaluation mode on the CPU, and the run's config.
 
@@ -118,7 +139,7 @@ def class_names(run_dir: Path) -> list[str]:
         UserError: the run was trained on data without classes.
     """
     try:
-        return json.loads((Path(run_dir) / "split.json").read_text(encoding="utf-8"))["classes"]
+        return json.loads((Path(run_dir) / SPLIT_FILE).read_text(encoding="utf-8"))["classes"]
     except (OSError, ValueError, KeyError):
         raise UserError(f"{run_dir}: split.json names no classes; train on a data set that has some") from None
 
@@ -168,7 +189,7 @@ def _open_cache(config: DictConfig, module: GenerativeModule) -> tuple[LatentDif
 
 
 def refuse_another_run(config: DictConfig) -> None:
-    """Raise UserError where the run directory holds a run of another method, model or seed."""
+    """Raise UserError where the run directory holds a run of another method, model, seed or `data.group`."""
     run_dir = Path(config.run_dir)
     if not (run_dir / CONFIG_FILE).is_file():
         return
@@ -183,3 +204,8 @@ def refuse_another_run(config: DictConfig) -> None:
             raise UserError(
                 f"run_dir={run_dir} holds a run with another `{section}`; choose another run_dir, or remove that folder"
             )
+    group = [part["data"].get("group") for part in (resolved, before)]
+    if group[0] != group[1]:
+        raise UserError(
+            f"run_dir={run_dir} holds a run with data.group={group[1]}, and so another split: choose another run_dir"
+        )

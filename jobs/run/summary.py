@@ -1,11 +1,12 @@
 """What a run is about to do, before its first step."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from omegaconf import DictConfig
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
@@ -23,8 +24,13 @@ class Trial(NamedTuple):
     losses: list[str]
 
 
-def print_summary(config: DictConfig, module: GenerativeModule, trial: Trial, facts: Mapping[str, object]) -> None:
-    """Print method, data, sizes and estimated memory. `facts` are the DataModule's counts."""
+def print_summary(
+    config: DictConfig, module: GenerativeModule, trial: Trial, facts: Mapping[str, object], notes: Sequence[str] = ()
+) -> None:
+    """Print method, data, sizes and estimated memory.
+
+    facts, notes: the data module's counts, and what else it has to say.
+    """
     trained, frozen = count_parameters(module)
     memory = estimate_memory(module, trial, config)
     train, hardware = config.train, config.hardware
@@ -43,6 +49,8 @@ def print_summary(config: DictConfig, module: GenerativeModule, trial: Trial, fa
     }
     for name, value in rows.items():
         table.add_row(f"[bold]{name}", value)
+    for note in notes:
+        table.add_row("[bold]note", escape(note))
     Console().print(table, highlight=False)
 
 
