@@ -139,6 +139,11 @@ class ImageDataModule(L.LightningDataModule, ABC, Generic[ConfigT]):
     def fingerprint(self) -> str:
         """Hex digest of the pictures' names, byte sizes and split, the prompts, and the config that shapes them."""
 
+    def pictures_fingerprint(self) -> str:
+        """Hex digest of the pictures alone, the same by whatever reader or layout they come: `fingerprint`, where these
+        cannot be told from all else."""
+        return self.fingerprint()
+
     @abstractmethod
     def training_set(self) -> TrainingSamples:
         """What training reads, and a cache of latents is made of."""

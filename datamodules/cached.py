@@ -70,6 +70,9 @@ class CachedLatents(ImageDataModule):
     def fingerprint(self) -> str:
         return self.source.fingerprint()
 
+    def pictures_fingerprint(self) -> str:
+        return self.source.pictures_fingerprint()
+
     def reference_set(self, split: str) -> SizedDataset:
         return self.source.reference_set(split)
 

@@ -32,9 +32,6 @@ from datamodules.splits import (
     hold_out,
     picture_names,
     read_groups,
-    require_whole_groups,
-    same_pictures,
-    told,
 )
 from datamodules.stream import SampleOrder, SampleStream, derive_seed
 from medsynth.errors import UserError
@@ -122,26 +119,12 @@ class CaptionedDataModule(ImageDataModule[CaptionedT]):
         """Read the tables and look at every picture once; the first call does the work, later ones remember."""
         if self._found is None:
             found = self._read(on_progress)
-            self._compare_sides(found, on_progress)
+            found.compare_sides(self.config.on_duplicates, on_progress)
             self._found = found
         return dict(self._found.summary)
 
     def notes(self) -> list[str]:
         return list(self._contents.notes)
-
-    def _compare_sides(self, found: Contents, on_progress: Progress | None) -> None:
-        """Count groups on each side and the pictures that are the same on two; refuse what must not be there."""
-        sides = found.sides()
-        if found.groups is not None:
-            groups = found.groups
-            require_whole_groups(groups, sides)
-            counts = {side: len({groups[name] for name in names}) for side, names in sides.items()}
-            found.summary["groups"] = sum(counts.values())
-            found.summary.update({f"{side} groups": count for side, count in counts.items() if sides[side]})
-        if same := same_pictures(sides, found.pictures, on_progress):
-            if self.config.on_duplicates == "fail":
-                raise UserError(f"data.on_duplicates=fail: {told(same)}; remove one, or join them by data.group")
-            found.notes.append(told(same))
 
     def fingerprint(self) -> str:
         """SHA-256 of each picture's name, bytes and split, of all prompts, and of the config in `shaping`.
@@ -167,6 +150,9 @@ class CaptionedDataModule(ImageDataModule[CaptionedT]):
         later = {key: getattr(config, key) for key in self.shaping_since if key not in self.shaping}
         changed = [[key, value] for key, value in later.items() if value != self.shaping_since[key]]
         return [getattr(config, key) for key in self.shaping] + changed
+
+    def pictures_fingerprint(self) -> str:
+        return self._contents.pictures_fingerprint()
 
     def training_set(self) -> "TrainingSet":
         return TrainingSet(self._contents.train, self._contents.pictures, self.config, self.seed)

@@ -12,7 +12,7 @@ Masks and depth maps are needed only where `data.controls` names them.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import ClassVar, Optional
 
 import numpy as np
@@ -24,13 +24,14 @@ from torchvision.transforms.v2 import InterpolationMode
 from datamodules.captioned import CaptionedConfig, CaptionedDataModule, Contents, Pair, Progress, picture_names
 from datamodules.files.control import canny, channels
 from datamodules.files.depth import SOURCE_FILE
+from datamodules.files.detection import split_not_read
 from datamodules.files.dicom import dicom_size, is_dicom
 from datamodules.files.images import Geometry
 from datamodules.files.levels import Survey
 from datamodules.files.pictures import Pictures, picture_size
 from datamodules.files.raster import read_grey
 from datamodules.files.tables import Table, drop_bad_rows, read_table
-from datamodules.files.walk import PictureFolder, others_in, stem
+from datamodules.files.walk import PictureFolder, others_in, stem, walk
 from medsynth.errors import UserError
 from medsynth.ranges import number, numbers
 
@@ -255,7 +256,10 @@ class ChestXRay(CaptionedDataModule[ChestXRayConfig]):
         folder = self._root / self.config.images
         if not folder.is_dir():
             raise UserError(f"data.root: {folder} is not a folder")
-        return PictureFolder(folder, dicom=True)
+        beside = tuple(f"{name}/" for name in (self.config.masks, self.config.depth) if name != self.config.images)
+        prefix = "" if PurePosixPath(self.config.images) == PurePosixPath() else f"{self.config.images}/"
+        files = [name for name in walk(folder) if not f"{prefix}{name}".startswith(beside)]
+        return PictureFolder(folder, dicom=True, files=files)
 
     def _read(self, on_progress: Progress | None) -> Contents:
         folder = self._folder()
@@ -282,7 +286,9 @@ class ChestXRay(CaptionedDataModule[ChestXRayConfig]):
             "skipped rows": skipped,
         }
         beside = pictures.unread(folder.names())
-        notes = others_in(self._root, {self.config.images: folder.others} | beside, [self.config.captions or _CAPTIONS])
+        notes = split_not_read(folder.names()) + others_in(
+            self._root, {self.config.images: folder.others} | beside, [self.config.captions or _CAPTIONS]
+        )
         return Contents(train, val, pictures, summary, groups=groups, notes=notes)
 
     def _tables(self, folder: PictureFolder) -> list[Table]:

@@ -19,6 +19,7 @@ from datamodules.captioned import (
     ValidationSet,
     picture_names,
 )
+from datamodules.files.detection import split_not_read
 from datamodules.files.pictures import Pictures
 from datamodules.files.tables import Table, drop_bad_rows, read_table
 from datamodules.files.walk import PictureFolder, others_in, without_row
@@ -113,7 +114,11 @@ class MedVQAGI(CaptionedDataModule[MedVQAGIConfig]):
         }
         prompts = [row["Prompt"] for row in asked.rows.values()] if asked else None
         tables = [self.config.csv, self.config.paraphrases or "", self.config.test_prompts or "", _TEST_PROMPTS]
-        notes = without_row(unnamed) + others_in(self._root, {self.config.images: folder.others}, tables)
+        notes = (
+            without_row(unnamed)
+            + split_not_read(folder.names())
+            + others_in(self._root, {self.config.images: folder.others}, tables)
+        )
         return Contents(train, val, pictures, summary, prompts, groups=groups, notes=notes)
 
     def _optional_table(self, key: str, columns: tuple[str, ...]) -> Table | None:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from torch import Tensor
@@ -22,6 +23,7 @@ Groups = Mapping[str, str]
 """The group of each picture, by its name."""
 
 _PIECE = 4096  # bytes that are compared before a whole file is read
+_BLOCK = 64  # files that a thread is given at once: to look at one alone takes less than to hand it over
 _MANY = 1024  # files from which on their reading is worth a progress bar
 
 
@@ -74,6 +76,33 @@ class Contents:
         train, val = (picture_names(p for p in pairs if not p.is_prior) for pairs in (self.train, self.val))
         known = set(train)
         return {"train": train, "validation": [name for name in val if name not in known], "test": self.test}
+
+    def compare_sides(self, on_duplicates: str, on_progress: Progress | None) -> None:
+        """Count the groups of each side in `summary`, and name the pictures that are the same on two in `notes`.
+
+        Raises:
+            UserError: a group is on two sides; pictures are the same on two and `on_duplicates` is "fail".
+        """
+        sides, groups = self.sides(), self.groups
+        if groups is not None:
+            require_whole_groups(groups, sides)
+            counts = {side: len({groups[name] for name in names}) for side, names in sides.items()}
+            self.summary["groups"] = sum(counts.values())
+            self.summary.update({f"{side} groups": count for side, count in counts.items() if sides[side]})
+        if same := same_pictures(sides, self.pictures, on_progress):
+            if on_duplicates == "fail":
+                raise UserError(f"data.on_duplicates=fail: {told(same)}; remove one, or join them by data.group")
+            self.notes.append(told(same))
+
+    def pictures_fingerprint(self) -> str:
+        """SHA-256 of the file name, without folders, and the bytes, counted, of the pictures that train and that
+        validate."""
+        content = {
+            side: sorted((name.rpartition("/")[2], self.pictures.length(name)) for name in names)
+            for side, names in self.sides().items()
+            if side != "test"
+        }
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def read_groups(
@@ -196,7 +225,9 @@ def same_pictures(
         """The names whose keys are the same, where these are on more than one side."""
         alike: dict[Any, list[str]] = {}
         names = list(names)
-        for name, value in zip(names, pool.map(key, names), strict=True):
+        blocks = [names[first : first + _BLOCK] for first in range(0, len(names), _BLOCK)]
+        values = chain.from_iterable(pool.map(lambda block: [key(name) for name in block], blocks))
+        for name, value in zip(names, values, strict=True):
             alike.setdefault(value, []).append(name)
         return [found for found in alike.values() if len({side_of[name] for name in found}) > 1]
 

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from datamodules.batches import ImageBatch, collate
 from medsynth.errors import UserError
@@ -101,9 +102,9 @@ class PlainLoader(DataLoader):
 
     def _end_workers(self) -> None:
         """End workers that are kept between passes: they are deaf to the signal by which Python would end them."""
-        if self._iterator is not None:
+        if isinstance(self._iterator, _MultiProcessingDataLoaderIter):
             self._iterator._shutdown_workers()  # as Lightning does after a mistake in a training step
-            self._iterator = None
+        self._iterator = None
 
 
 @dataclass(frozen=True)

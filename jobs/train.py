@@ -352,6 +352,7 @@ def _log_run(
             "method": config.method,
             "paper": METHODS[config.method].paper,
             "data.fingerprint": data.fingerprint(),
+            "data.pictures": data.pictures_fingerprint(),
             "extractor": config.evaluation.extractor if config.evaluation.images else "none",
             "parameters.trained": str(trained),
             "parameters.frozen": str(frozen),

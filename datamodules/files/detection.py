@@ -138,6 +138,15 @@ def refuse_inner_splits(folder: Path, pictures: Collection[str], key: str) -> No
             )
 
 
+def split_not_read(pictures: Collection[str]) -> list[str]:
+    """The line that says that folders of a split are no split here, where all pictures are split by seed."""
+    tops = {name.partition("/")[0] for name in pictures if "/" in name}
+    of_split = {top: split for top in tops if (split := split_of(top))}
+    if "train" not in of_split.values() or len(of_split) < 2:
+        return []
+    return [f"the folders {listed(sorted(of_split))} are read as one: which pictures validate is drawn by seed"]
+
+
 def is_plain_class(name: str) -> bool:
     """Whether a folder of this name is read as the class of that name."""
     return not (is_hidden(name) or split_of(name) or name.lower() in _NO_CLASSES or _REPEATS.fullmatch(name))

@@ -14,6 +14,7 @@ import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -91,6 +92,7 @@ class _Part:
     files: list[str]
     texts: bool
 
+    @cached_property
     def pictures(self) -> PictureFolder:
         return PictureFolder(self.folder, files=self.files)
 
@@ -131,11 +133,11 @@ def read_catalogue(
     first = next(iter(parts.values()))
     auto = layout == "auto"
     if auto:
-        layout = catalogue.layout = detect_layout(first.folder, first.files, first.pictures().names(), key)
+        layout = catalogue.layout = detect_layout(first.folder, first.files, first.pictures.names(), key)
     catalogue.shards = Shards(root) if layout == "webdataset" else None
     for split, part in parts.items():
         if layout in ("folders", "pairs") and (auto or not given):
-            refuse_odd_folders(part.folder, part.files, part.pictures().names(), layout, key, auto)
+            refuse_odd_folders(part.folder, part.files, part.pictures.names(), layout, key, auto)
         catalogue.splits[split] = table = _read_part(part, layout)
         for place in [place for place, entry in table.rows.items() if texts and not entry.text]:
             table.reject(place, "has no caption: its .txt is missing or empty")
@@ -152,7 +154,7 @@ def _below(files: list[str], name: str) -> list[str]:
 def _read_part(part: _Part, layout: str) -> Table:
     catalogue, key = part.catalogue, part.catalogue.key
     if layout != "metadata":
-        refuse_inner_splits(part.folder, part.shards() if layout == "webdataset" else part.pictures().names(), key)
+        refuse_inner_splits(part.folder, part.shards() if layout == "webdataset" else part.pictures.names(), key)
     table = _READERS[layout](part)
     if not table.rows and not table.faults:
         raise UserError(f"{key}: {part.folder} holds no pictures in the layout {layout}")
@@ -190,7 +192,7 @@ def _divided(catalogue: Catalogue, folders: dict[str, str]) -> dict[str, Table]:
 
 def _read_metadata(part: _Part) -> Table:
     table, value = _read_rows(part)
-    pictures, extras, first = part.pictures(), read_extras(part.folder), {}
+    pictures, extras, first = part.pictures, read_extras(part.folder), {}
     for line, row in list(table.rows.items()):
         try:
             name = pictures.find(row["file_name"])
@@ -231,7 +233,7 @@ def _read_rows(part: _Part) -> tuple[Table, Callable[[str, Any], Any]]:
 
 def _read_folders(part: _Part) -> Table:
     table, extras = Table(part.folder.name, noun="sample"), read_extras(part.folder)
-    for name in part.pictures().names():
+    for name in part.pictures.names():
         label, _, rest = name.partition("/")
         if rest:
             table.rows[name] = _completed(part, Entry(name, stem(name), label, label), extras)
@@ -243,7 +245,7 @@ def _read_folders(part: _Part) -> Table:
 def _read_pairs(part: _Part) -> Table:
     table, extras = Table(part.folder.name, noun="sample"), read_extras(part.folder)
     there, used = set(part.files), list[str]()
-    for name in part.pictures().names():
+    for name in part.pictures.names():
         beside = [stem(name) + suffix for suffix in CAPTION_SUFFIXES if stem(name) + suffix in there]
         used += map(part.shown, beside)
         try:

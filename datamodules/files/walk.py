@@ -7,6 +7,7 @@ import os
 import unicodedata
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
+from posixpath import splitext
 
 from datamodules.files.dicom import DICOM_SUFFIXES, is_dicom
 from datamodules.files.images import SUFFIXES
@@ -23,7 +24,7 @@ _SYSTEM_NAMES = frozenset(
 _DOCUMENTS = frozenset(
     {
         *("README", "LICENSE", "LICENCE", "COPYING", "COPYRIGHT", "NOTICE", "CITATION", "CHANGELOG", "CHANGES"),
-        *("AUTHORS", "DATASHEET", "DICOMDIR", "PHANTOM.JSON", "TRUTH.JSON"),
+        *("AUTHORS", "DATASHEET", "DICOMDIR", "PHANTOM.JSON", "TRUTH.JSON", "MANIFEST.CSV"),
     }
 )
 """Files that speak of a data set, by their name or their name without suffix, in upper case."""
@@ -40,8 +41,8 @@ def is_hidden(name: str) -> bool:
 
 def is_document(name: str) -> bool:
     """Whether the file at this path speaks of the data set and is no part of it, as README.md does."""
-    path = PurePosixPath(name.upper())
-    return path.name in _DOCUMENTS or (path.stem in _DOCUMENTS and path.suffix.lower() not in SUFFIXES)
+    own, suffix = splitext(name.rpartition("/")[2])
+    return (own + suffix).upper() in _DOCUMENTS or (own.upper() in _DOCUMENTS and suffix.lower() not in SUFFIXES)
 
 
 def walk(folder: Path) -> list[str]:
@@ -87,9 +88,8 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 def stem(name: str) -> str:
     """A picture's path without the suffix of its format; `1.2.840.10` has none."""
-    path = PurePosixPath(name)
-    known = path.suffix.lower() in SUFFIXES or path.suffix.lower() in DICOM_SUFFIXES
-    return str(path.with_suffix("")) if known else str(path)
+    own, suffix = splitext(name)
+    return own if suffix.lower() in SUFFIXES or suffix.lower() in DICOM_SUFFIXES else name
 
 
 class PictureFolder:
@@ -138,7 +138,7 @@ class PictureFolder:
         return found[0]
 
     def _is_picture(self, name: str, dicom: bool) -> bool:
-        suffix = PurePosixPath(name).suffix.lower()
+        suffix = splitext(name)[1].lower()
         if suffix in SUFFIXES:
             return True
         return dicom and suffix not in _NEVER_DICOM and not is_document(name) and is_dicom(self.folder / name)

@@ -17,7 +17,7 @@ from medsynth.errors import UserError
 
 LEGEND = (
     "Each value is the best, the last in brackets where it differs; ↓ lower is better, ↑ higher; bold leads among the "
-    "method's runs. Only runs with the same data fingerprint saw the same pictures; a paper's pictures are its own."
+    "method's runs. Only runs with the same figure behind their data saw the same pictures; a paper's are its own."
 )
 
 
@@ -153,7 +153,7 @@ def _run_row(run: Run, keys: list[str], ranking: str) -> Row:
         name=run.name,
         colour=run.colour,
         status=run.status.lower(),
-        data=f"{run.data} {run.tags.get('data.fingerprint', '')[:8]}".strip(),
+        data=f"{run.data} {run.tags.get('data.pictures', run.tags.get('data.fingerprint', ''))[:8]}".strip(),
         step=f"{best[0]:,}" if best else "",
         trained=_count(float(trained)) if trained else "",
         values=[_best_and_last(run, key) for key in keys],

@@ -291,3 +291,30 @@ def test_chest_pictures_are_split_by_group(tmp_path):
     split = split_of(ChestXRay(config), tmp_path)
     assert {name.partition("/")[0] for name in split["val"]}.isdisjoint(n.partition("/")[0] for n in split["train"])
     assert len(split["val"]) == 3
+
+
+def test_the_same_pictures_have_one_fingerprint_by_any_reader(tmp_path):
+    """What `medsynth compare` shows: the data sets' own fingerprints also tell prompts and sizes apart."""
+    for split, first in (("train", 0), ("validation", 6)):
+        for index in range(first, first + 6 - first // 2):
+            draw(tmp_path / "set" / split / f"mild/p{index}.png", index)
+    seen = []
+    for layout in LAYOUTS:
+        convert(tmp_path / "set", tmp_path / layout, layout, source_layout="folders")
+        data = hips(tmp_path / layout, resolution=16 if layout == "pairs" else 8)
+        seen.append((data.pictures_fingerprint(), data.fingerprint()))
+    assert len({pictures for pictures, _ in seen}) == 1 and len({whole for _, whole in seen}) > 1
+    one, two = tmp_path / "one", tmp_path / "two"
+    for root in (one, two):
+        shutil.copytree(tmp_path / "set/train/mild", root / "images")
+        (root / "prompt-gt.csv").write_text("Filename,Prompt\n" + "".join(f"p{i},x\n" for i in range(6)))
+    same = {**SMALL, "validation_images": 2}
+    readers = [
+        MedVQAGI(MedVQAGIConfig(root=str(one), **same)),
+        ChestXRay(ChestXRayConfig(root=str(one), controls=[], captions="prompt-gt.csv", **same)),
+    ]
+    assert len({data.pictures_fingerprint() for data in readers}) == 1
+    assert len({data.fingerprint() for data in readers}) == 2
+    with (two / "images/p0.png").open("ab") as file:
+        file.write(b"more")
+    assert MedVQAGI(MedVQAGIConfig(root=str(two), **same)).pictures_fingerprint() != readers[0].pictures_fingerprint()

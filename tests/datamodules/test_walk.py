@@ -200,3 +200,22 @@ def test_evaluate_says_what_it_does_not_read(tmp_path):
     arguments = [str(tmp_path / a) if a in ("real", "fake") else a for a in arguments]
     told = CliRunner().invoke(evaluate, arguments, catch_exceptions=False).output
     assert f"{tmp_path}/real: 1 file is not read: q.heic" in told and "fake: " not in told
+
+
+def test_what_lies_in_one_folder_is_told_apart(tmp_path):
+    """Masks below the folder of the pictures are no pictures, the table there is no rest."""
+    for index in range(3):
+        draw(tmp_path / f"train/p{index}.png", index)
+        (tmp_path / "masks/train").mkdir(parents=True, exist_ok=True)
+        Image.new("L", (16, 12), 255).save(tmp_path / f"masks/train/p{index}.png")
+    draw(tmp_path / "val/p3.png", 3)
+    Image.new("L", (16, 12), 255).save(draw(tmp_path / "masks/val/p3.png"))
+    touch(tmp_path, "q.heic")
+    (tmp_path / "captions.csv").write_text("Filename,Prompt\ntrain/p0,x\n")
+    config = {"resolution": 8, "workers": 0, "validation_images": 1}
+    data = ChestXRay(ChestXRayConfig(root=str(tmp_path), images=".", **config))
+    assert data.check()["pictures"] == 4
+    assert data.notes() == [
+        "the folders train, val are read as one: which pictures validate is drawn by seed",
+        "1 file is not read: q.heic",
+    ]
