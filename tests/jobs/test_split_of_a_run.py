@@ -47,7 +47,7 @@ def test_what_trained_does_not_validate(here, phantom):
 def test_the_summary_names_what_is_not_read(here, phantom, capsys):
     root = shutil.copytree(phantom, here / "set")
     (root / "images/[odd].heic").write_bytes(b"x")
-    config = tiny(root, r"data.group='phantom-(\d{5})'")
+    config = tiny(root, r"data.group=phantom-(\d{5})")
     data, counts = build_source(config)
     module = build_module(config)
     module.configure_model()
