@@ -213,7 +213,7 @@ def _read_metadata(part: _Part) -> Table:
             table.reject(line, str(error))
             continue
         table.rows[line] = _completed(part, entry, extras)
-    part.catalogue.use(map(part.shown, METADATA_FILES))
+    part.catalogue.use(map(part.shown, (*METADATA_FILES, *first)))  # bad rows are counted as such
     part.catalogue.unlisted += [part.shown(name) for name in pictures.names() if name not in first]
     return table
 

@@ -222,6 +222,7 @@ def test_a_cell_without_a_value_is_a_fault(tmp_path, cell, column):
     put(tmp_path, "a.png", metadata__csv=f"file_name,{','.join(cells)}\na.png,{','.join(cells.values())}\n")
     why = f"{column} is {cell}, which programs write for an empty cell: give it a value, or leave it empty"
     assert faults(tmp_path) == {2: why}
+    assert column != "angle" or read_catalogue(tmp_path).notes() == [], "its row tells of the picture"
 
 
 def test_a_column_there_twice_is_refused(tmp_path):
