@@ -136,7 +136,9 @@ def depth(config: tuple[str, ...]) -> None:
 def weights(config: tuple[str, ...]) -> None:
     """Bring the pretrained weights that CONFIG names into the local cache.
 
-    Compute nodes often have no internet: run this where there is some, with the same home folder.
+    Compute nodes often have no internet: run this where there is some, with the same home folder. Of a hub's repository
+    only what is read comes: of weights that it has twice, the full precision before half, safetensors before pickles,
+    with all shards that their index names.
     """
     from jobs.run.config import load_arguments
 
@@ -152,6 +154,8 @@ def weights(config: tuple[str, ...]) -> None:
     for source in needed:
         click.echo(f"{source.key}: {source.source}")
         click.echo(f"  {source.fetch()}")
+        for name, path in source.contents().items():
+            click.echo(f"    {name}, {path.stat().st_size / 1e6:,.1f} MB")
     if not needed:
         click.echo("this config needs no pretrained weights")
 

@@ -18,8 +18,10 @@ from lightning_modules.maths.diffusion import SampleRandom
 from lightning_modules.nets.msdm_vae import MSDMVAE, MSDMVQVAE
 from lightning_modules.parts.optim import OptimConfig
 from lightning_modules.parts.perceptual import PerceptualLoss, vgg_source
+from lightning_modules.parts.pretrained import fill
 from lightning_modules.parts.weights import RANDOM, Weights
 from medsynth.errors import UserError
+from medsynth.loading import one_line
 from medsynth.ranges import choice, number, numbers
 
 
@@ -126,9 +128,13 @@ class LatentCodec(nn.Module):
         """Read what `save` wrote; raises UserError that names `key` where it is absent or does not fit."""
         try:
             codec = cls(LatentCodecConfig(**json.loads((directory / "config.json").read_text())))
-            codec.load_state_dict(load_file(directory / "diffusion_pytorch_model.safetensors"))
+            weights = directory / "diffusion_pytorch_model.safetensors"
+            fill(codec, load_file(weights), key, weights)
+        except UserError:
+            raise
         except (OSError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-            raise UserError(f"{key}: {directory} holds no autoencoder that msdm_vae exported: {error}") from error
+            reason = one_line(error)
+            raise UserError(f"{key}: {directory} holds no autoencoder that msdm_vae exported: {reason}") from error
         return codec
 
     def _shift_and_scale(self) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,9 @@
 """Depth maps that a pretrained depth-estimation model makes of pictures, once, before any training."""
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,9 +13,13 @@ from torch import Tensor
 
 from datamodules.files.walk import stem
 from medsynth.errors import UserError
+from medsynth.loading import misfit, one_line
 
 SOURCE_FILE = "depth-model.txt"
 """Beside the maps: the name of the model that made them."""
+# No depth goes through these. The deepest fusion layer has no residual to add, and published DPT models leave its
+# convolutions out; some have the heads of other tasks.
+_UNUSED = r"fusion_stage\.layers\.0\.residual_layer1\.|pooler\.|auxiliary_head\.|position_ids$"
 
 
 def write_depth_maps(
@@ -61,16 +67,25 @@ def depth_estimator(model: Path) -> Callable[[Tensor], NDArray[np.float32]]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         processor = AutoImageProcessor.from_pretrained(model, local_files_only=True)
-        network = AutoModelForDepthEstimation.from_pretrained(model, local_files_only=True).eval().to(device)
+        loaded: Any = AutoModelForDepthEstimation.from_pretrained(
+            model, local_files_only=True, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+        )
     except Exception as error:  # transformers answers a folder of something else with errors of almost any kind
-        reason = str(error).strip().split("\n")[0]
+        reason = one_line(error)
         raise UserError(f"data.depth_model: {model} holds no depth-estimation model ({reason})") from error
+    network, report = loaded
+    needed = {what: [n for n in names if not re.search(_UNUSED, str(n))] for what, names in report.items()}
+    if reason := misfit(needed, str(model / "model.safetensors")):
+        raise UserError(f"data.depth_model: {model} {reason}")
+    network.eval().to(device)
 
     @torch.inference_mode()
     def estimate(picture: Tensor) -> NDArray[np.float32]:
         outputs = network(**processor(images=picture, return_tensors="pt").to(device))
         sizes = [tuple(picture.shape[-2:])]
         depth = processor.post_process_depth_estimation(outputs, target_sizes=sizes)[0]["predicted_depth"].float()
+        if not depth.isfinite().all():
+            raise UserError(f"data.depth_model: {model} estimates depths that are no finite numbers; fetch it anew")
         lowest, highest = depth.aminmax()
         return ((depth - lowest) / (highest - lowest).clamp_min(1e-12)).cpu().numpy()
 

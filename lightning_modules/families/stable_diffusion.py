@@ -2,13 +2,15 @@
 
 import json
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from datamodules.batches import ImageBatch
@@ -25,6 +27,7 @@ from lightning_modules.families.latent_diffusion import (
     guided,
 )
 from lightning_modules.maths.diffusion import (
+    PREDICTION_TYPES,
     SampleRandom,
     add_noise,
     alphas_cumprod,
@@ -35,14 +38,13 @@ from lightning_modules.maths.diffusion import (
 )
 from lightning_modules.parts.architecture import ArchitectureConfig, random_unet, random_vae
 from lightning_modules.parts.optim import OptimConfig
+from lightning_modules.parts.pipeline_folder import PARTS, PipelineFolder
 from lightning_modules.parts.text import TextEncoder, TextEncoderConfig
 from lightning_modules.parts.weights import RANDOM, Weights
 from medsynth.errors import UserError
 from medsynth.ranges import choice, number
 
 KEY = "model.pretrained"
-PREDICTIONS = ("epsilon", "v_prediction", "sample")
-PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 # Keys of model.noise by those of a diffusers scheduler.
 _NOISE_KEYS = {
     "steps": "num_train_timesteps",
@@ -50,15 +52,8 @@ _NOISE_KEYS = {
     "beta_end": "beta_end",
     "zero_terminal_snr": "rescale_betas_zero_snr",
 }
-# A repository also holds the same weights in one file, in half precision, in pickles: none of those.
-_FILES = (
-    "model_index.json",
-    "scheduler/*.json",
-    "tokenizer/*",
-    "text_encoder/config.json",
-    "text_encoder/model.safetensors",
-    *(f"{part}/{name}" for part in ("unet", "vae") for name in ("config.json", "diffusion_pytorch_model.safetensors")),
-)
+# What a folder's scheduler may do to a prediction and this project's never does.
+_CLIPPING = ("clip_sample", "thresholding")
 
 
 @dataclass(frozen=True)
@@ -87,7 +82,7 @@ class StableDiffusionBaseConfig(LatentDiffusionConfig):
 class DenoisingConfig(StableDiffusionBaseConfig):
     """What methods that learn by the denoising loss add."""
 
-    prediction: Optional[str] = choice(None, PREDICTIONS)
+    prediction: Optional[str] = choice(None, PREDICTION_TYPES)
     """What the U-Net predicts: epsilon, v_prediction or sample; by default what the pretrained one has learned."""
     min_snr_gamma: Optional[float] = number(None, above=0)
     """Clip the loss weight at this signal-to-noise ratio (Hang et al. 2023 use 5); none weighs all steps alike."""
@@ -103,7 +98,8 @@ class StableDiffusionBase(LatentDiffusion):
     def build(self) -> None:
         config = self.config
         if not self._random:
-            self._check_folder()
+            self._folder.check()
+            self._check_scheduler()
         self.unet = self.load_unet()
         self._check_resolution()
         if config.gradient_checkpointing:
@@ -133,19 +129,19 @@ class StableDiffusionBase(LatentDiffusion):
     def load_unet(self) -> UNet2DConditionModel:
         """The pretrained U-Net, float32."""
         if not self._random:
-            return self._load(UNet2DConditionModel, "unet")
+            return self._folder.load("unet")
         return random_unet(self.config.architecture, self.config.resolution)
 
     def load_vae(self) -> AutoencoderKL:
         """The pretrained autoencoder, float32."""
         if not self._random:
-            return self._load(AutoencoderKL, "vae")
+            return self._folder.load("vae")
         return random_vae(self.config.architecture, self.config.resolution)
 
     def load_text_encoder(self) -> TextEncoder:
         """The pretrained text encoder with its tokenizer."""
         shape = self.config.architecture
-        width = shape.text_width if self._random else self._json("text_encoder/config.json")["hidden_size"]
+        width = shape.text_width if self._random else self._folder.text_width
         return TextEncoder(
             TextEncoderConfig(
                 source=self.config.pretrained,
@@ -216,12 +212,14 @@ class StableDiffusionBase(LatentDiffusion):
     def export_pipeline(self, directory: Path, **parts: Any) -> None:
         """Write a folder that diffusers' `StableDiffusionPipeline.from_pretrained` reads.
 
-        parts: networks that have changed, by their name in the pipeline; the others are written as they were loaded.
+        parts: networks that have changed, by their name in the pipeline; the others are loaded anew, since here they
+        may hold an adapter or half precision.
         """
-        if "text_encoder" not in parts:
-            parts["text_encoder"] = self.load_text_encoder().model
+        text = self.load_text_encoder()
+        untouched = {"unet": self.load_unet, "vae": self.load_vae, "text_encoder": lambda: text.model}
         pipeline = StableDiffusionPipeline(
-            **({"unet": self.unet, "vae": self.load_vae(), "tokenizer": self._tokenizer()} | parts),
+            **{name: parts[name] if name in parts else load() for name, load in untouched.items()},
+            tokenizer=text.tokenizer,
             scheduler=self.scheduler(),
             safety_checker=None,
             feature_extractor=None,
@@ -237,68 +235,43 @@ class StableDiffusionBase(LatentDiffusion):
 
     @property
     def _weights(self) -> Weights:
-        return Weights(KEY, self.config.pretrained, _FILES)
+        return Weights(KEY, self.config.pretrained, PARTS)
+
+    @cached_property
+    def _folder(self) -> PipelineFolder:
+        return PipelineFolder(self._weights)
 
     def _shape(self) -> str:
         return json.dumps(asdict(self.config.architecture), sort_keys=True)
 
-    def _tokenizer(self):
-        return self.load_text_encoder().tokenizer
-
-    def _json(self, name: str) -> dict[str, Any]:
-        path = self._weights.require() / name
-        try:
-            return json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise UserError(f"{KEY}: {path} cannot be read: {error}") from None
-
-    def _load(self, network: type, part: str) -> Any:
-        folder = self._weights.require() / part
-        try:
-            return network.from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, torch_dtype=torch.float32
-            )
-        except Exception as error:  # the library raises of many kinds; all mean that the folder is not what it says
-            raise UserError(f"{KEY}: {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
-
-    def _check_folder(self) -> None:
-        folder = self._weights.require()
-        missing = [part for part in PARTS if not (folder / part).is_dir()]
-        if missing:
-            raise UserError(
-                f"{KEY}: {folder} has no folder {missing[0]}; it must be a Stable Diffusion pipeline in diffusers' "
-                f"layout ({', '.join(PARTS)})"
-            )
-        given, taken = self._json("text_encoder/config.json"), self._json("unet/config.json")
-        if given.get("hidden_size") != taken.get("cross_attention_dim"):
-            raise UserError(
-                f"{KEY}: {folder} has text embeddings of width {given.get('hidden_size')}, its U-Net takes "
-                f"{taken.get('cross_attention_dim')}; they are not of one pipeline"
-            )
-        self._check_noise(folder)
-
-    def _check_noise(self, folder: Path) -> None:
+    def _check_scheduler(self) -> None:
         """Raise UserError unless the folder's signal at each step is the model's, before zero_terminal_snr if it is on.
 
-        The whole schedule is compared, whatever it was made from.
+        The whole schedule is compared, whatever it was made from. How to step is the method's to say.
         """
-        described, noise = self._json("scheduler/scheduler_config.json"), self.config.noise
-        learned = DDIMScheduler.from_config(described).alphas_cumprod
+        folder, noise = self._folder, self.config.noise
+        learned, described = folder.scheduler.alphas_cumprod, folder.scheduler.config
+        if clipping := [name for name in _CLIPPING if described.get(name)]:
+            rank_zero_warn(
+                f"{KEY}: {folder.path}/scheduler says {clipping[0]}; pictures are drawn here without, and the "
+                "scheduler that is exported says so"
+            )
         for ours in (noise, replace(noise, zero_terminal_snr=False)):
             alpha_bar = alphas_cumprod(ours.betas())
+            # diffusers' Euler keeps 2⁻²⁴ at the last step of a zero terminal SNR, so as not to divide by zero.
             if alpha_bar.shape == learned.shape and torch.allclose(alpha_bar, learned, rtol=1e-4, atol=1e-7):
                 return
-        theirs = {key: described.get(name) for key, name in _NOISE_KEYS.items() if described.get(name) is not None}
+        theirs = {key: described[name] for key, name in _NOISE_KEYS.items() if described.get(name) is not None}
         schedules = {name: ours for ours, name in DIFFUSERS_SCHEDULES.items()}
-        theirs["schedule"] = schedules.get(described.get("beta_schedule", "linear"))
+        theirs["schedule"] = schedules.get(described["beta_schedule"])
         if described.get("trained_betas") is not None or theirs["schedule"] is None:
-            raise UserError(f"{KEY}: {folder} was trained with betas of its own, which model.noise cannot say")
+            raise UserError(f"{KEY}: {folder.path} was trained with betas of its own, which model.noise cannot say")
         mend = " ".join(f"model.noise.{key}={str(value).lower()}" for key, value in theirs.items())
-        raise UserError(f"{KEY}: {folder} was trained with other noise; set {mend}")
+        raise UserError(f"{KEY}: {folder.path} was trained with other noise; set {mend}")
 
     def _check_resolution(self) -> None:
         shape = self.config.architecture
-        vae_widths = shape.vae_widths if self._random else self._json("vae/config.json")["block_out_channels"]
+        vae_widths = shape.vae_widths if self._random else self._folder.config("vae")["block_out_channels"]
         factor = 2 ** (len(vae_widths) - 1 + len(self.unet.config.block_out_channels) - 1)
         side = self.config.resolution
         if side < factor or side % factor:
@@ -309,7 +282,7 @@ class StableDiffusionBase(LatentDiffusion):
         """What the pretrained U-Net predicts, as its folder says it."""
         if self._random:
             return "epsilon"
-        return self._json("scheduler/scheduler_config.json").get("prediction_type", "epsilon")
+        return self._folder.scheduler.config.prediction_type
 
 
 class Denoising(StableDiffusionBase):

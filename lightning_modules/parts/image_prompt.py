@@ -7,14 +7,19 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from diffusers.models.embeddings import ImageProjection
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from lightning_modules.parts.pretrained import fill, load_network
 from lightning_modules.parts.weights import RANDOM, Weights, made_here
 from medsynth.errors import UserError
+from medsynth.loading import one_line
 
 _ENCODER, _CONFIG, _WEIGHTS = "image_encoder", "config.json", "diffusion_pytorch_model.safetensors"
+# What a whole CLIP has beside its image encoder: no picture's embedding goes through it. Positions are counted anew.
+_NO_PICTURES = r"^(text_model\.|text_projection\.|logit_scale$)|position_ids$"
 
 
 class ImagePrompt(nn.Module):
@@ -90,9 +95,11 @@ class ImagePrompt(nn.Module):
         try:
             described = json.loads((directory / _CONFIG).read_text())
             prompt = cls(*load_image_encoder(str(directory / _ENCODER), str(directory)), **described)
-            prompt.projection.load_state_dict(load_file(directory / _WEIGHTS))
-        except (OSError, ValueError, TypeError, RuntimeError) as error:
-            raise UserError(f"{directory} holds no image prompt: {str(error).splitlines()[0]}") from error
+            fill(prompt.projection, load_file(directory / _WEIGHTS), str(directory), directory / _WEIGHTS)
+        except UserError:
+            raise
+        except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+            raise UserError(f"{directory} holds no image prompt: {one_line(error)}") from error
         return prompt.eval()
 
 
@@ -108,18 +115,13 @@ def load_image_encoder(source: str, key: str) -> tuple[CLIPVisionModelWithProjec
     if source == RANDOM:
         return _random_encoder(), CLIPImageProcessor()
     folder = Weights(key, source).require()
+    encoder = load_network(CLIPVisionModelWithProjection, folder, key, spare=_NO_PICTURES)
     try:
-        loaded: Any = CLIPVisionModelWithProjection.from_pretrained(
-            folder, local_files_only=True, output_loading_info=True, dtype=torch.float32
-        )
-        encoder, report = loaded
         # A folder of the encoder alone may say nothing of pictures: CLIP's own mean and deviation then.
         known = (folder / "preprocessor_config.json").is_file()
         processor = CLIPImageProcessor.from_pretrained(folder, local_files_only=True) if known else CLIPImageProcessor()
-    except Exception as error:  # the library raises of many kinds; all mean that the folder is not what it says
-        raise UserError(f"{key}: {source} cannot be loaded: {str(error).splitlines()[0]}") from error
-    if report["missing_keys"]:
-        raise UserError(f"{key}: {source} is no CLIP image encoder: it lacks {min(report['missing_keys'])}")
+    except Exception as error:  # the library raises of many kinds; all mean that the file is not what it says
+        raise UserError(f"{key}: {folder}/preprocessor_config.json cannot be read: {one_line(error)}") from error
     return encoder, processor
 
 

@@ -5,8 +5,12 @@ import warnings
 import torch
 from torch import Tensor, nn
 
+from lightning_modules.parts.pretrained import fill
 from lightning_modules.parts.weights import RANDOM, Weights
 from medsynth.errors import UserError
+from medsynth.loading import one_line
+
+_KEY = "model.perceptual_weights"
 
 
 def vgg_source(name: str) -> str:
@@ -38,11 +42,15 @@ class PerceptualLoss(nn.Module):
         return self.net(x_BCHW, y_BCHW).mean()
 
     def _load_vgg(self, source: str) -> None:
-        path = Weights("model.perceptual_weights", source).require()
+        path = Weights(_KEY, source).require()
         try:
-            features = torch.load(path, map_location="cpu", weights_only=True)
+            saved = torch.load(path, map_location="cpu", weights_only=True)
             # lpips cuts torchvision's `features` into slices but keeps the layers' numbers.
-            own = self.net.net.state_dict()
-            self.net.net.load_state_dict({key: features["features." + key.split(".", 1)[1]] for key in own})
+            named = {"features." + name.split(".", 1)[1]: name for name in self.net.net.state_dict()}
+            if absent := sorted(named.keys() - saved.keys()):
+                raise UserError(f"{_KEY}: {path} lacks {len(absent)} of VGG-16's weights, the first is {absent[0]}")
+            fill(self.net.net, {own: saved[name] for name, own in named.items()}, _KEY, path)
+        except UserError:
+            raise
         except Exception as error:  # a damaged or foreign file fails in as many ways as there are files
-            raise UserError(f"model.perceptual_weights: {path} is no VGG-16 of torchvision's: {error}") from error
+            raise UserError(f"{_KEY}: {path} is no VGG-16 of torchvision's: {one_line(error)}") from error

@@ -9,12 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_modules.parts.pretrained import load_network
 from lightning_modules.parts.weights import RANDOM, Weights, made_here
 from medsynth.errors import UserError
+from medsynth.loading import one_line
 from medsynth.ranges import number
 
 # One thread tokenises a batch's few captions sooner than others wake up.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# What a whole CLIP has beside its text encoder: no token's embedding goes through it. Positions are counted anew.
+_NO_WORDS = r"^(vision_model\.|visual_projection\.|text_projection\.|logit_scale$)|position_ids$"
 
 
 @dataclass(frozen=True)
@@ -110,24 +114,51 @@ class TextEncoder(nn.Module):
         self.tokenizer.save_pretrained(directory / "tokenizer")
 
 
+def text_weights(key: str, source: str) -> Weights:
+    """Where a text encoder comes from: a folder of its own, or the two of a whole diffusers pipeline."""
+    return Weights(key, source, nested=("tokenizer", "text_encoder"))
+
+
 def _pretrained(config: TextEncoderConfig, key: str):
     from transformers import AutoTokenizer, CLIPTextModel
 
-    folder = Weights(key, config.source).require()
-    # A folder of its own, or one of a whole diffusers pipeline.
+    folder = text_weights(key, config.source).require()
     parts = (folder / "tokenizer", folder / "text_encoder")
     tokenizer_folder, model_folder = parts if all(p.is_dir() for p in parts) else (folder, folder)
+    model = load_network(CLIPTextModel, model_folder, key, spare=_NO_WORDS)
     try:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
-        model = CLIPTextModel.from_pretrained(model_folder, local_files_only=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{key}: {config.source} is no CLIP text encoder in the hub's layout: {error}") from error
+    except Exception as error:  # transformers raises of many kinds; all mean that there is no tokenizer
+        raise UserError(f"{key}: {tokenizer_folder} holds no tokenizer: {one_line(error)}") from error
+    _check_tokenizer(tokenizer, model.config, f"{key}: {tokenizer_folder}")
     if model.config.hidden_size != config.width:
         raise UserError(
             f"{key}: {config.source} gives embeddings of width {model.config.hidden_size}, "
             f"model.text_encoder.width says {config.width}"
         )
+    if model.config.max_position_embeddings < config.max_tokens:
+        raise UserError(
+            f"{key}: {model_folder} takes {model.config.max_position_embeddings} tokens, {config.max_tokens} are asked "
+            f"for; set model.text_encoder.max_tokens={model.config.max_position_embeddings}"
+        )
     return tokenizer, model
+
+
+def _check_tokenizer(tokenizer: Any, text: Any, where: str) -> None:
+    """Raise UserError unless every token has a row of the encoder's table, and prompts have a start, end and padding.
+
+    text: the encoder's config. where: begins the line.
+    """
+    if len(tokenizer) > text.vocab_size:
+        raise UserError(
+            f"{where} knows {len(tokenizer)} tokens, the text encoder {text.vocab_size}; they are not of one model"
+        )
+    # Without its words transformers makes a tokenizer of the special tokens alone, and all prompts are one.
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise UserError(f"{where} has no words: vocab.json or tokenizer.json is missing; copy or fetch it anew")
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if getattr(tokenizer, name) is None:
+            raise UserError(f"{where} has no {name.removesuffix('_id')}; it is not the tokenizer of a CLIP")
 
 
 def _random(config: TextEncoderConfig):

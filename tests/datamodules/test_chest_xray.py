@@ -1,6 +1,7 @@
 """Pictures with masks: what lies beside them stays aligned, and every fault has its line."""
 
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import tifffile
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torchvision.transforms.v2 import functional as F
 
 from datamodules.canine_hip import CanineHip, CanineHipConfig
@@ -516,6 +518,25 @@ def test_depth_maps_are_written_once_and_read_in_training(tmp_path, depth_model)
     mine = chest(tmp_path, depth_model="another/model")
     with pytest.raises(UserError, match="depth holds depth maps that another/model did not make; remove it, or give"):
         mine.write_depth(depth_model)
+
+
+def test_a_depth_model_that_lacks_a_weight_is_refused_unless_no_depth_goes_through_it(depth_model, tmp_path):
+    folder = shutil.copytree(depth_model, tmp_path / "dpt")
+    whole = {name: value.clone() for name, value in load_file(folder / "model.safetensors").items()}
+    picture = torch.from_numpy(blobs(1, 40, 64)).expand(3, -1, -1)
+    unused = "fusion_stage.layers.0.residual_layer1."  # published models leave these out
+    save_file({k: v for k, v in whole.items() if unused not in k}, folder / "model.safetensors", {"format": "pt"})
+    np.testing.assert_array_equal(depth_estimator(folder)(picture), depth_estimator(depth_model)(picture))
+    for state, said in (
+        ({k: v for k, v in whole.items() if "head.head.0.weight" not in k}, "dpt lacks 1 of its weights, the first is"),
+        ({k: v[:1] if "head.head.0.bias" in k else v for k, v in whole.items()}, "dpt has head.head.0.bias of shape"),
+    ):
+        save_file(state, folder / "model.safetensors", {"format": "pt"})
+        with pytest.raises(UserError, match=said):
+            depth_estimator(folder)
+    save_file({k: v * float("nan") for k, v in whole.items()}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="estimates depths that are no finite numbers"):
+        depth_estimator(folder)(picture)
 
 
 def test_a_folder_without_a_depth_model_is_named(tmp_path):

@@ -1,10 +1,14 @@
 """What every method keeps, on its tiny config."""
 
 import dataclasses
+import json
+from pathlib import Path
 
+import diffusers
 import lightning as L
 import pytest
 import torch
+import transformers
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
@@ -155,9 +159,22 @@ def test_what_is_exported_comes_back(method, phantoms, tmp_path):
     files = list(tmp_path.rglob("*.safetensors"))
     assert files
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".pt", ".bin", ".ckpt", ".pkl")]
+    for folder in tmp_path.rglob("config.json"):
+        assert_the_library_finds_every_weight(folder)
     exported = {fingerprint(value) for file in files for value in load_file(file).values()}
     for name, parameter in module.named_parameters():
         assert not parameter.requires_grad or fingerprint(parameter) in exported, name
+
+
+def assert_the_library_finds_every_weight(config: Path) -> None:
+    """A network that says which class of diffusers or transformers it is: all its keys are there, and no other."""
+    described = json.loads(config.read_text())
+    library, name = diffusers, described.get("_class_name")
+    if "architectures" in described:
+        library, name = transformers, described["architectures"][0]
+    if name is not None:
+        _, report = getattr(library, name).from_pretrained(config.parent, output_loading_info=True)
+        assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), config
 
 
 def fingerprint(tensor: torch.Tensor) -> bytes:
