@@ -87,6 +87,7 @@ def encode(config: "DictConfig", out: Path, variants: int = 1, batch_size: int =
 def _build(config: "DictConfig") -> "LatentDiffusion":
     """The module with its encoders."""
     from jobs.run.folder import build_module
+    from jobs.run.pretrained import hold
     from lightning_modules.families.latent_diffusion import LatentDiffusion
 
     module = build_module(config)
@@ -96,6 +97,7 @@ def _build(config: "DictConfig") -> "LatentDiffusion":
         )
     for weights in module.required_weights():
         weights.require()
+    hold(config.run_dir, module)
     module.configure_model()
     return module
 

@@ -88,6 +88,7 @@ def _train(config: "DictConfig", request: "StopRequest") -> "Trainer":
     from callbacks.divergence import Divergence
     from jobs.run.config import instantiate
     from jobs.run.folder import build_data, refuse_another_run, require_same_split, write_config
+    from jobs.run.pretrained import record
     from jobs.tracking.facts import run_facts
     from jobs.tracking.logger import RunTracker
     from medsynth.owner import Owner
@@ -113,7 +114,7 @@ def _train(config: "DictConfig", request: "StopRequest") -> "Trainer":
         write_config(config)
         data.write_split(str(run_dir))
         checkpoint = _newest_checkpoint(run_dir, trainer.is_global_zero)
-        _log_run(tracker, config, module, data, run_facts())
+        _log_run(tracker, config, module, data, run_facts() | record(run_dir, module))
         with _ending(tracker), _without_orphans(trainer, request), tracker.unfinished():
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
             if trainer.is_global_zero:
@@ -149,11 +150,16 @@ def _plan_module(config: "DictConfig") -> "GenerativeModule":
 
 
 def _make_networks(config: "DictConfig", module: "GenerativeModule") -> None:
-    """Fill in the networks; weights that learn from nothing are fixed by the seed."""
+    """Fill in the networks; weights that learn from nothing are fixed by the seed.
+
+    Refused where pretrained weights are not those that the run began with.
+    """
     import lightning as L
 
     from jobs.run.folder import use_cache
+    from jobs.run.pretrained import hold
 
+    hold(config.run_dir, module)
     L.seed_everything(config.seed, workers=True, verbose=False)
     use_cache(config, module)
     module.configure_model()
@@ -241,7 +247,9 @@ def _whole(module: "GenerativeModule", trainer: "Trainer", config: "DictConfig")
 def _export(module: "GenerativeModule", run_dir: Path, tracker: "RunTracker") -> None:
     """Write the best checkpoint's weights as other libraries read them."""
     from jobs.run.folder import find_checkpoint, load_weights
+    from jobs.run.pretrained import hold
 
+    hold(run_dir, module)  # what did not learn is exported as it lies there now
     best, out = find_checkpoint(run_dir, "best"), run_dir / "export"
     load_weights(module.cpu(), best)
     module.export(out)

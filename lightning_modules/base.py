@@ -106,8 +106,12 @@ class GenerativeModule(L.LightningModule, ABC):
         """Write the weights in the ecosystem's own layout, without any of this project's training state."""
 
     def required_weights(self) -> list[Weights]:
-        """Pretrained weights that `build` reads."""
+        """Pretrained weights that `build` reads and that can be fetched."""
         return []
+
+    def read_weights(self) -> list[Weights]:
+        """All weights from outside that `build` reads, exports of earlier runs among them: a run holds on to these."""
+        return self.required_weights()
 
     def learn(self, batch: ImageBatch) -> dict[str, Tensor]:
         """What a training step does with its batch: the losses, "loss" among them, which Lightning then minimises.

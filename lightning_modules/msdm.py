@@ -30,7 +30,7 @@ from lightning_modules.maths.diffusion import (
 from lightning_modules.msdm_vae import LatentCodec, LatentCodecConfig
 from lightning_modules.nets.msdm_unet import MSDMUNet
 from lightning_modules.parts.optim import OptimConfig
-from lightning_modules.parts.text import TextEncoder, TextEncoderConfig
+from lightning_modules.parts.text import TextEncoder, TextEncoderConfig, text_weights
 from lightning_modules.parts.weights import RANDOM, Weights, made_here
 from medsynth.errors import UserError
 from medsynth.ranges import choice, number, numbers
@@ -118,7 +118,11 @@ class MSDM(LatentDiffusion):
 
     def required_weights(self) -> list[Weights]:
         source = self.config.text_encoder.source
-        return [] if source == RANDOM else [Weights(_TEXT, source)]
+        return [] if source == RANDOM else [text_weights(_TEXT, source)]
+
+    def read_weights(self) -> list[Weights]:
+        first_stage = [] if self.config.vae == RANDOM else [Weights("model.vae", self.config.vae)]
+        return super().read_weights() + first_stage
 
     def trainable_modules(self) -> dict[str, nn.Module]:
         return {"unet": self.unet}
@@ -140,7 +144,7 @@ class MSDM(LatentDiffusion):
         return f"{digest} {self.config.codec}" if digest == RANDOM else digest
 
     def text_digest(self) -> str:
-        return f"{Weights(_TEXT, self.config.text_encoder.source).digest()} {self.config.text_encoder}"
+        return f"{text_weights(_TEXT, self.config.text_encoder.source).digest()} {self.config.text_encoder}"
 
     def latent_shape(self) -> tuple[int, int, int]:
         side = self.config.resolution // self.codec.factor

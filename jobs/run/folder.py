@@ -1,6 +1,7 @@
 """A run directory: what `medsynth train` writes and the other commands read.
 
 RUN/config.yaml        the resolved config: training it again resumes the run
+RUN/pretrained.json    digests of the weights from outside that it began with
 RUN/split.json         which pictures train and which validate, and what keeps them together
 RUN/checkpoints/       best.ckpt and last.ckpt
 RUN/grids/             pictures beside their prompts, one file an evaluation
@@ -24,6 +25,7 @@ from datamodules.files.latents import Cache
 from datamodules.files.walk import listed
 from jobs.run.checks import accumulation
 from jobs.run.config import instantiate, load_config, to_yaml
+from jobs.run.pretrained import hold
 from jobs.run.registry import data_class, method_class
 from lightning_modules.base import GenerativeModule
 from lightning_modules.families.latent_diffusion import LatentDiffusion
@@ -123,10 +125,11 @@ def load_run(run_dir: Path, checkpoint: str = "best") -> tuple[GenerativeModule,
     checkpoint: "best" or "last"; where there is no best one, the newest that verifies.
 
     Raises:
-        UserError: this is no run directory, or it holds no sound checkpoint.
+        UserError: this is no run directory, it holds no sound checkpoint, or its pretrained weights have changed.
     """
     config = read_config(run_dir)
     module = build_module(config)
+    hold(run_dir, module)
     module.configure_model()
     load_weights(module, find_checkpoint(run_dir, checkpoint))
     return module.eval(), config
