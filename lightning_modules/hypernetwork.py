@@ -14,6 +14,7 @@ from lightning_modules.base import STRATEGIES, Supports
 from lightning_modules.families.latent_diffusion import Context
 from lightning_modules.families.stable_diffusion import Denoising, DenoisingConfig
 from lightning_modules.nets.hypernetwork import ACTIVATIONS, INITIALISATIONS, Hypernetwork, context_widths
+from lightning_modules.parts.pretrained import refuse_not_finite
 from medsynth.errors import UserError
 from medsynth.ranges import choice, number, numbers
 
@@ -174,6 +175,7 @@ def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             shapes = Hypernetwork(**{key: config[key] for key in ("widths", *_SHAPE)}).state_dict()
         if {k: v.shape for k, v in shapes.items()} != {k: v.shape for k, v in state.items()}:
             raise ValueError(f"{WEIGHTS_FILE} does not fit {CONFIG_FILE}")
+        refuse_not_finite(state, WEIGHTS_FILE)
         return {key: config[key] for key in ("widths", *_SHAPE, "multiplier")}, state
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"{directory} holds no hypernetwork that `medsynth train` exported: {error}") from None

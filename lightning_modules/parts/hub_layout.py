@@ -5,6 +5,8 @@ from collections.abc import Callable, Collection, Iterable
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from safetensors import SafetensorError, safe_open
+
 from medsynth.errors import UserError
 
 CONFIG = "config.json"
@@ -82,11 +84,25 @@ def single_file(path: Path) -> Path | None:
     return found[0] if found else None
 
 
-def converting(file: Path) -> str:
-    """The command that makes a folder in diffusers' layout of a checkpoint in one file."""
+def instead_of(file: Path) -> str:
+    """What to do where a pipeline's folder is due and this file is named, as the end of a sentence."""
+    try:
+        names = list(safe_open(file, "pt").keys()) if file.suffix == ".safetensors" else None
+    except (OSError, SafetensorError) as error:
+        return f"cannot be read ({error}); fetch it anew"
+    if names is not None and any("lora" in name for name in names):
+        return (
+            "is a low-rank update alone; name the pipeline that it was made for, or a run's export/merged, which "
+            "model.export_merged=true writes"
+        )
+    if names is not None and any(name.startswith("conditioner.embedders.1.") for name in names):
+        return "is a Stable Diffusion XL; name a text-to-image Stable Diffusion 1.x or 2.x"
+    if names is not None and not any(name.startswith("model.diffusion_model.") for name in names):
+        return "is no Stable Diffusion in one file; name the folder of a whole pipeline"
     made = str(file.with_suffix(""))
     return (
-        'python -c "from diffusers import StableDiffusionPipeline as P; '
+        "is a checkpoint in one file; convert it where there is internet, and name the folder that this makes: python "
+        '-c "from diffusers import StableDiffusionPipeline as P; '
         f'P.from_single_file({str(file)!r}).save_pretrained({made!r})"'
     )
 

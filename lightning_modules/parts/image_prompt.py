@@ -94,10 +94,10 @@ class ImagePrompt(nn.Module):
         directory = Path(directory)
         try:
             described = json.loads((directory / _CONFIG).read_text())
-            prompt = cls(*load_image_encoder(str(directory / _ENCODER), str(directory)), **described)
-            fill(prompt.projection, load_file(directory / _WEIGHTS), str(directory), directory / _WEIGHTS)
-        except UserError:
-            raise
+            if not (directory / _ENCODER).is_dir():
+                raise ValueError(f"there is no folder {_ENCODER}")
+            prompt = cls(*load_image_encoder(str(directory / _ENCODER), _ENCODER), **described)
+            fill(prompt.projection, load_file(directory / _WEIGHTS), "projection", directory / _WEIGHTS)
         except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
             raise UserError(f"{directory} holds no image prompt: {one_line(error)}") from error
         return prompt.eval()

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig
 
 from lightning_modules.maths.diffusion import PREDICTION_TYPES
-from lightning_modules.parts.hub_layout import converting, single_file
+from lightning_modules.parts.hub_layout import instead_of, single_file
 from lightning_modules.parts.pretrained import load_network
 from lightning_modules.parts.weights import Weights
 from medsynth.errors import UserError
@@ -95,10 +95,9 @@ class PipelineFolder:
         single = single_file(folder)
         missing = [part for part in PARTS if not (folder / part).is_dir()]
         if single and (single == folder or len(missing) == len(PARTS)):
-            raise UserError(
-                f"{self.key}: {single} is a checkpoint in one file; convert it where there is internet, and name the "
-                f"folder that this makes: {converting(single)}"
-            )
+            raise UserError(f"{self.key}: {single} {instead_of(single)}")
+        if (folder / "export" / PARTS[0]).is_dir() and missing:
+            raise UserError(f"{self.key}: {folder} is a run; name its export, {folder / 'export'}")
         if missing:
             raise UserError(
                 f"{self.key}: {folder} has no folder {missing[0]}; it must be a Stable Diffusion pipeline in "

@@ -161,16 +161,39 @@ def test_a_shard_or_weights_that_are_not_there_are_named_with_the_mend(folder):
     assert "unet cannot be loaded: it has neither safetensors nor .bin of a network" in refused(built, folder)
 
 
+WHOLE, UPDATE = "model.diffusion_model.input_blocks.0.0.weight", "unet.down_blocks.0.to_q.lora_A.weight"
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
 def test_a_checkpoint_in_one_file_is_told_the_command_that_converts_it(tmp_path, suffix):
     file = tmp_path / f"v1-5-pruned{suffix}"
-    file.write_bytes(b"weights")
+    save_file({WHOLE: torch.zeros(1)}, file)
     for source in (file, tmp_path):
         said = refused(built, source)
         assert f"{file} is a checkpoint in one file" in said
         command = re.search(r'python -c "(.*)"$', said)[1]
         compile(command, "command", "exec")
         assert f"P.from_single_file('{file}').save_pretrained('{tmp_path}/v1-5-pruned')" in command
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ([UPDATE], "is a low-rank update alone; name the pipeline that it was made for"),
+        ([WHOLE, "conditioner.embedders.1.model.ln_final.bias"], "is a Stable Diffusion XL"),
+        (["768.k.0.weight"], "is no Stable Diffusion in one file"),
+        ([], "cannot be read"),
+    ],
+)
+def test_no_other_file_is_taken_for_one(tmp_path, names, said):
+    file = tmp_path / "weights.safetensors"
+    save_file({name: torch.zeros(1) for name in names}, file) if names else file.write_bytes(b"<html>")
+    assert f"model.pretrained: {file} {said}" in refused(built, tmp_path)
+
+
+def test_a_run_in_the_place_of_its_export_is_told_so(tmp_path, folder):
+    folder.rename(tmp_path / "export")
+    assert refused(built, tmp_path) == f"model.pretrained: {tmp_path} is a run; name its export, {tmp_path}/export"
 
 
 # Every weight
@@ -276,7 +299,8 @@ def test_networks_of_this_project_s_own_layout_are_held_likewise(tmp_path):
     prompt.save_pretrained(tmp_path / "prompt", *load_image_encoder("random", "key"))
     file = tmp_path / "prompt/diffusion_pytorch_model.safetensors"
     write(file, {k: v for k, v in read(file).items() if "norm" not in k})
-    assert "lacks 2 of its weights" in refused(ImagePrompt.from_pretrained, tmp_path / "prompt")
+    said = refused(ImagePrompt.from_pretrained, tmp_path / "prompt")
+    assert said.startswith(f"{tmp_path}/prompt holds no image prompt: projection: ") and "lacks 2 of its" in said
 
     torch.save({"features.0.weight": torch.zeros(64, 3, 3, 3)}, tmp_path / "vgg.pth")
     assert "vgg.pth lacks 25 of VGG-16's weights, the first is features.0.bias" in refused(
