@@ -18,6 +18,7 @@ from lightning_modules.parts.hub_layout import weight_files
 from medsynth.errors import UserError
 from medsynth.loading import misfit, one_line
 
+_ADAPTER = "adapter_config.json"
 # How diffusers says it, before advice on how to go on with random weights.
 _SHAPES = re.compile(r"(\S+) expected shape torch\.Size\((\[.*?\])\), but got torch\.Size\((\[.*?\])\)")
 
@@ -42,6 +43,8 @@ def load_network(network: type, folder: Path, key: str, spare: str | None = None
             f"{key}: {folder} cannot be loaded: it has neither safetensors nor .bin of a network; fetch it with "
             "`medsynth prepare weights CONFIG`, or copy the folder whole"
         )
+    if (folder / _ADAPTER).is_file():  # transformers would load the network that this names, from wherever it lies
+        raise UserError(f"{key}: {folder} has {_ADAPTER}: an adapter's folder; name a folder of whole networks")
     absent = [name for name in found.names if not (folder / name).is_file()]
     if absent:
         raise UserError(

@@ -241,6 +241,11 @@ def test_an_export_that_holds_an_adapter_is_told_how_to_come_by_another(folder):
     assert re.search(r"adapter in it and lacks 8 weights.*start the run that exported it once more", said)
 
 
+def test_an_adapter_s_folder_is_not_followed_to_the_network_that_it_names(plain, folder):
+    (folder / "text_encoder/adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(plain)}))
+    assert "text_encoder has adapter_config.json" in refused(built, folder)
+
+
 def test_a_tokenizer_without_its_words_or_of_another_model_is_refused(folder):
     path = folder / "tokenizer"
     for name in ("vocab.json", "merges.txt", "tokenizer.json"):
