@@ -4,16 +4,17 @@ import difflib
 import hashlib
 import io
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import fuse_conv_bn_eval
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3 as INCEPTION_URL
-from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torch_fidelity.feature_extractor_inceptionv3 import BasicConv2d, FeatureExtractorInceptionV3
 
 from medsynth.errors import UserError
 
@@ -90,20 +91,24 @@ class InceptionExtractor(FeatureExtractor):
     dim = 2048
     classes = 1008
 
-    def __init__(self, weights: str | None = None):
+    def __init__(self, weights: str | None = None, setting: str = "set evaluation.weights=PATH"):
         """`weights`: the file of weights; None for `inception_path()`. Nothing is downloaded.
+
+        setting: how messages say that the file is named.
 
         Raises:
             UserError: no such file, or not these weights.
         """
         super().__init__()
         path = Path(weights).expanduser() if weights else inception_path()
-        mend = "run `medsynth prepare weights CONFIG` on a machine with internet, or set evaluation.weights=PATH"
+        mend = f"run `medsynth prepare weights CONFIG` on a machine with internet, or {setting}"
         if not path.is_file():
             raise UserError(f"{path}: no such file of Inception weights; {mend}")
         content = path.read_bytes()
         try:
             self.network = _build_inception(content)
+        except UserError as error:
+            raise UserError(f"{path}: not the weights of Inception 2015-12-05, it {error}; {mend}") from None
         except Exception as error:  # a broken file fails in many ways
             raise UserError(f"{path}: broken, or not the weights of Inception 2015-12-05; {mend}") from error
         digest = hashlib.sha256(content).hexdigest()
@@ -116,6 +121,32 @@ class InceptionExtractor(FeatureExtractor):
         return Features(*self.network(images))
 
 
+class _Inception(FeatureExtractorInceptionV3):
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As torch does it, but what does not fit raises a UserError of a few words that begin with a verb."""
+        # How many batches a normalisation has seen is in no picture's features, and in older files not at all.
+        counted, due = {}, {}
+        for name, value in self.state_dict().items():
+            (counted if name.endswith("num_batches_tracked") else due)[name] = value
+        given = {name: value for name, value in state_dict.items() if name not in counted}
+        _check_weights(given, due)
+        return super().load_state_dict(counted | given, strict, assign)
+
+
+def _check_weights(state: dict[str, Any], due: dict[str, Tensor]) -> None:
+    missing, unexpected = sorted(due.keys() - state.keys()), sorted(state.keys() - due.keys())
+    if missing:
+        also = f" and has others, {unexpected[0]} the first" if unexpected else ""
+        raise UserError(f"lacks {len(missing)} of {len(due)} weights, {missing[0]} the first{also}")
+    if unexpected:
+        raise UserError(f"has {len(unexpected)} weights too many, {unexpected[0]} the first")
+    for name, value in due.items():
+        if (given := torch.as_tensor(state[name])).shape != value.shape:
+            raise UserError(f"has {name} of shape {tuple(given.shape)}, not {tuple(value.shape)}")
+        if not given.isfinite().all():
+            raise UserError(f"has {name} with numbers that are not finite")
+
+
 def _build_inception(content: bytes) -> nn.Module:
     # torch-fidelity unpickles whatever the file holds: hand it only what a weights-only load has let through.
     state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
@@ -123,9 +154,18 @@ def _build_inception(content: bytes) -> nn.Module:
     torch.save(state, checked)
     checked.seek(0)
     with torch.random.fork_rng(devices=[]):  # the layers draw initial weights that are overwritten
-        return FeatureExtractorInceptionV3(
-            "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=checked
-        )
+        network = _Inception("inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=checked)
+    return _fold_normalisations(network).to(memory_format=torch.channels_last)
+
+
+def _fold_normalisations(network: nn.Module) -> nn.Module:
+    """Batch norms as part of the convolutions before them, which in evaluation is the same function of a picture."""
+    for block in network.modules():
+        if isinstance(block, BasicConv2d):
+            # In float64, so that the products are rounded once.
+            fused = fuse_conv_bn_eval(block.conv.double(), block.bn.double())
+            block.conv, block.bn = fused.float().requires_grad_(False), nn.Identity()
+    return network
 
 
 class RandomConvExtractor(FeatureExtractor):
@@ -175,19 +215,23 @@ def _draw_kernels(inputs: int, outputs: int, generator: torch.Generator) -> Tens
 EXTRACTORS = {"inception": InceptionExtractor, "random": RandomConvExtractor}
 
 
-def build_extractor(name: str, weights: str | None = None) -> FeatureExtractor:
+def build_extractor(
+    name: str, weights: str | None = None, setting: str = "set evaluation.weights=PATH"
+) -> FeatureExtractor:
     """The extractor `name`, "inception" (from the file `weights`, or None for torch.hub's cache) or "random".
+
+    setting: how messages say that the file is named.
 
     Raises:
         UserError: an unknown name, weights for the random extractor, or weights that are missing or do not fit.
     """
     if name == "inception":
-        return InceptionExtractor(weights)
+        return InceptionExtractor(weights, setting)
     if name != "random":
         nearest = difflib.get_close_matches(name, EXTRACTORS, n=1, cutoff=0)[0]
         raise UserError(f"There is no feature extractor {name!r}: did you mean {nearest!r}?")
     if weights is not None:
         raise UserError(
-            "The random extractor takes no weights: leave out evaluation.weights, or choose the inception extractor"
+            f"The random extractor takes no weights: leave out {weights}, or choose the inception extractor"
         )
     return RandomConvExtractor()

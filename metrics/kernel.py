@@ -4,19 +4,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from medsynth.errors import UserError
+
 _BLOCK = 1024  # rows of the kernel matrix in memory at once
 
 
 def kernel_distance(
     real: Tensor, fake: Tensor, subsets: int = 100, subset_size: int = 1000, seed: int = 2020
-) -> tuple[float, float]:
+) -> tuple[float, float | None]:
     """Mean and standard deviation, over random subsets, of the squared MMD of `real` (n, d) and `fake` (m, d).
 
     The estimate is unbiased and may come out below 0. The subsets are those torch-fidelity draws for `fake` as its
     first input and the same seed. Where a set has fewer pictures than `subset_size`, subsets have the size of the
-    smaller set, which must be 2 at least.
+    smaller set. Where every subset would be the whole of both sets, one does, and there is no deviation: None.
+
+    Raises:
+        UserError: a set has fewer than 2 pictures.
     """
     size = min(subset_size, len(real), len(fake))
+    if size < 2:
+        raise UserError(f"The kernel distance needs at least 2 pictures of each set, not {size}")
+    varies = size < max(len(real), len(fake))
+    subsets = subsets if varies else 1
     rng = np.random.RandomState(seed)
     # A subset of the generated pictures, then one of the real ones, and so on: the order in which the draws are made.
     draws = [rng.choice(len(side), size, replace=False) for _ in range(subsets) for side in (fake, real)]
@@ -24,7 +33,7 @@ def kernel_distance(
     in_x, in_y = _membership(draws[::2], x), _membership(draws[1::2], y)
     within = _within(x, in_x) + _within(y, in_y)
     distances = within / (size * (size - 1)) - 2 * _between(x, y, in_x, in_y) / size**2
-    return distances.mean().item(), distances.std(correction=0).item()
+    return distances.mean().item(), distances.std(correction=0).item() if varies else None
 
 
 def _membership(draws: list[np.ndarray], features: Tensor) -> Tensor:

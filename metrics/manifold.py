@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from medsynth.errors import UserError
+
 _BLOCK = 1024  # rows of the distance matrix in memory at once
 
 
@@ -11,8 +13,16 @@ def precision_recall(real: Tensor, fake: Tensor, neighbours: int = 3) -> tuple[f
 
     Precision is the share of generated pictures within the real manifold, recall that of real pictures within the
     generated one; a manifold is the union of balls that reach from each of its pictures to its `neighbours`-th nearest
-    other (equations 1, 2). Needs more than `neighbours` pictures in each set.
+    other (equations 1, 2).
+
+    Raises:
+        UserError: a set has no more pictures than `neighbours`.
     """
+    if min(len(real), len(fake)) <= neighbours:
+        raise UserError(
+            f"Precision and recall look at the {neighbours} nearest other pictures: score at least {neighbours + 1} of "
+            f"each set, not {min(len(real), len(fake))}"
+        )
     real, fake = real.double(), fake.double()
     precision, recall = _share_within(fake, real, neighbours), _share_within(real, fake, neighbours)
     return precision, recall, 2 * precision * recall / max(precision + recall, 1e-5)

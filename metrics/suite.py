@@ -1,5 +1,7 @@
 """All scores of a set of generated pictures against a set of real ones."""
 
+import math
+
 from torch import Tensor, nn
 
 from medsynth.errors import UserError
@@ -32,7 +34,8 @@ class GenerationMetrics(nn.Module):
     16 dim² + 8 max_bank dim bytes.
 
     With extractor "inception" the scores are named fid, kid, kid_std, precision, recall, f1, isc, isc_std; with any
-    other, say "random", fd_random, kd_random, kd_random_std, precision_random, recall_random, f1_random.
+    other, say "random", fd_random, kd_random, kd_random_std, precision_random, recall_random, f1_random. The kernel
+    distance's deviation is over subsets, and left out where every subset would be the whole of both sets.
     """
 
     def __init__(self, extractor: FeatureExtractor, total_real: int, total_fake: int, max_bank: int = 10_000):
@@ -46,8 +49,8 @@ class GenerationMetrics(nn.Module):
             if number < LEAST:
                 raise UserError(f"Scores need at least {LEAST} {kind}, not {number}")
         self.extractor = extractor
-        self.real = FeatureStatistics(extractor.dim, total_real, max_bank)
-        self.fake = FeatureStatistics(extractor.dim, total_fake, max_bank)
+        self.real = FeatureStatistics(extractor.dim, total_real, max_bank, "real pictures")
+        self.fake = FeatureStatistics(extractor.dim, total_fake, max_bank, "generated pictures")
         self.inception_score = InceptionScore(total_fake, extractor.classes) if extractor.has_logits else None
         self._real_state: dict[str, Tensor] | None = None
 
@@ -81,10 +84,11 @@ class GenerationMetrics(nn.Module):
             score.update(features.logits, indices[scored])
 
     def compute(self) -> dict[str, float]:
-        """Every score by its name. All processes call it together.
+        """Every score by its name, each finite. All processes call it together.
 
         Raises:
             ValueError: some picture is missing or came twice.
+            UserError: features of some picture, or a score, are not finite.
         """
         real, fake = self.real_state(), self.fake.compute()
         real_features = real["features"].to(fake["features"].device)
@@ -92,11 +96,14 @@ class GenerationMetrics(nn.Module):
         kernel, kernel_std = kernel_distance(real_features, fake["features"])
         precision, recall, f1 = precision_recall(real_features, fake["features"])
 
-        scores = [distance, kernel, kernel_std, precision, recall, f1]
+        values = [distance, kernel, kernel_std, precision, recall, f1]
         if self.inception_score is not None:
-            scores += [score.item() for score in self.inception_score.compute()]
+            values += [score.item() for score in self.inception_score.compute()]
         names = score_names(self.extractor.name, self.inception_score is not None)
-        return dict(zip(names, scores, strict=True))
+        scores = {name: value for name, value in zip(names, values, strict=True) if value is not None}
+        if unknown := [name for name, value in scores.items() if not math.isfinite(value)]:
+            raise UserError(f"{', '.join(unknown)} came out as no finite number: look at the extractor's weights")
+        return scores
 
     def reset_fake(self) -> None:
         """Forget the generated pictures; the real ones stay."""
@@ -108,6 +115,9 @@ class GenerationMetrics(nn.Module):
         """All that is known of the real set over all processes, as `FeatureStatistics.compute` gives it, for a file.
 
         The first call is made by all processes together.
+
+        Raises:
+            ValueError, UserError: as `FeatureStatistics.compute`.
         """
         if self._real_state is None:
             self._real_state = self.real.compute()
@@ -118,11 +128,17 @@ class GenerationMetrics(nn.Module):
 
         Raises:
             ValueError: the state is of another number of pictures, extractor or bank; compute it anew.
+            UserError: it holds numbers that are not finite.
         """
         moments, bank = self.real.moment2, self.real.bank
         due = {"count": (), "mean": moments[0].shape, "covariance": moments.shape, "features": bank.shape}
         if {name: value.shape for name, value in state.items()} != due or state["count"] != self.real.total:
             raise ValueError(
                 f"not statistics of {self.real.total} pictures with a bank of {tuple(bank.shape)} features"
+            )
+        if not all(value.isfinite().all() for value in state.values()):
+            raise UserError(
+                "the kept statistics of the real pictures hold numbers that are not finite: empty evaluation.cache, so "
+                "that they are computed anew"
             )
         self._real_state = {name: value.to(self.real.device) for name, value in state.items()}

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch_fidelity import calculate_metrics
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.metric_isc import isc_features_to_metric
+from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN as KID_MEAN
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 from torchvision.utils import save_image
@@ -268,9 +269,19 @@ def test_scores_depend_neither_on_order_nor_on_padding():
 def test_names_say_which_features():
     images = quantise(phantoms(12, seed=1, size=8))
     plain = {"fd_random", "kd_random", "kd_random_std", "precision_random", "recall_random", "f1_random"}
-    assert set(score(RandomConvExtractor(), images, images)) == plain
+    assert set(score(RandomConvExtractor(), images, images[:11])) == plain
     with_logits = {name.replace("random", "pixels") for name in plain} | {"isc_pixels", "isc_pixels_std"}
-    assert set(score(PixelExtractor(), images, images)) == with_logits
+    assert set(score(PixelExtractor(), images, images[:11])) == with_logits
+
+
+def test_one_subset_of_the_kernel_distance_has_no_deviation():
+    images = quantise(phantoms(12, seed=1, size=8))
+    assert "kd_random_std" not in score(RandomConvExtractor(), images, images.flip(0))
+    x, y = torch.rand(9, 3), torch.rand(9, 3)
+    mean, deviation = kernel_distance(x, y)
+    assert deviation is None
+    assert mean == pytest.approx(kid_features_to_metric(y, x, kid_subset_size=9, verbose=False)[KID_MEAN], rel=1e-4)
+    assert kernel_distance(x, y, subset_size=8)[1] > 0 and kernel_distance(x, y[:7])[1] > 0
 
 
 def test_real_state_survives_a_file(tmp_path):
@@ -322,6 +333,76 @@ def test_missing_and_repeated_pictures_are_refused(indices, fault):
     inception_score.update(torch.rand(5, 3), torch.arange(5))
     with pytest.raises(ValueError, match="5 pictures were scored"):
         inception_score.compute()
+
+
+class BrokenExtractor(PixelExtractor):
+    """Features of pictures that are white at one corner are NaN, or their logits infinite."""
+
+    def __init__(self, logits: bool = False):
+        super().__init__()
+        self.logits = logits
+
+    def _features(self, images: Tensor) -> Features:
+        pool, logits = super()._features(images)
+        white = images[:, 0, 0, 0] == 255
+        broken, value = (logits, float("inf")) if self.logits else (pool, float("nan"))
+        broken[white, 1] = value
+        return Features(pool, logits)
+
+
+@pytest.mark.parametrize(
+    "marked, said", [("real", "3 of 15 real pictures have features"), ("fake", "3 of 18 generated pictures have")]
+)
+def test_features_that_are_not_finite_are_counted_and_refused(marked, said):
+    sides = {"real": quantise(phantoms(15, seed=1)), "fake": quantise(phantoms(18, seed=2))}
+    sides[marked][[0, 4, 13], 0, 0, 0] = 255
+    with pytest.raises(UserError, match=said) as refused:
+        score(BrokenExtractor(), **sides)
+    assert "\n" not in str(refused.value)
+
+
+def test_logits_that_are_not_finite_give_no_score():
+    real, fake = quantise(phantoms(15, seed=1)), quantise(phantoms(18, seed=2))
+    fake[3, 0, 0, 0] = 255
+    with pytest.raises(UserError, match=r"isc_pixels, isc_pixels_std came out as no finite number"):
+        score(BrokenExtractor(logits=True), real, fake)
+
+
+def test_real_pictures_without_finite_features_are_not_kept():
+    suite = GenerationMetrics(BrokenExtractor(), 15, 18)
+    images = quantise(phantoms(15, seed=1))
+    feed(suite.update_real, images)
+    kept = suite.real_state()
+    with pytest.raises(UserError, match=r"empty evaluation\.cache"):
+        suite.load_real_state(kept | {"mean": kept["mean"] / 0 * 0})
+    images[2, 0, 0, 0] = 255
+    suite = GenerationMetrics(BrokenExtractor(), 15, 18)
+    feed(suite.update_real, images)
+    with pytest.raises(UserError, match="1 of 15 real pictures"):
+        suite.real_state()
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda: FeatureStatistics(3, total=1),
+        lambda: kernel_distance(torch.rand(1, 3), torch.rand(9, 3)),
+        lambda: precision_recall(torch.rand(9, 3), torch.rand(3, 3)),
+    ],
+)
+def test_a_score_of_too_few_pictures_is_refused(made):
+    with pytest.raises(UserError, match="at least"):
+        made()
+
+
+def test_moments_are_added_where_they_lie():
+    metric = FeatureStatistics(4, total=6)
+    places = {name: getattr(metric, name).data_ptr() for name in ("moment1", "moment2", "bank", "seen")}
+    metric.update(torch.rand(2, 4), torch.tensor([0, 3]))
+    assert {name: getattr(metric, name).data_ptr() for name in places} == places
+    first = metric.moment2.clone()
+    metric.reset()
+    assert not metric.moment2.any() and first.any() and not metric.state_dict()
 
 
 def test_quantise_is_what_a_file_gives_back(tmp_path):
@@ -431,15 +512,46 @@ def test_inception_comes_from_the_hub_cache_once_fetched(weights, published, mon
     assert build_extractor("inception").name == "inception"
 
 
-def broken_files(weights):
+@pytest.fixture(scope="module")
+def inception(weights):
+    return InceptionExtractor(str(weights))
+
+
+def test_folded_inception_has_the_features_of_the_published_network(weights, inception):
+    outside = FeatureExtractorInceptionV3(
+        "published", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(weights)
+    )
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in inception.modules())
+    for size in (48, 300):
+        images = quantise(phantoms(2, seed=5, size=size))
+        for ours, theirs in zip(inception(images), outside(images), strict=True):
+            assert (ours - theirs).abs().max() <= 1.5e-5 * theirs.abs().max()
+
+
+def other_networks(weights):
     state = torch.load(weights, weights_only=True)
+    yield {f"module.{key}": value for key, value in state.items()}, r"lacks 472 of 472 weights, .* the first and has"
+    yield {key: value for key, value in state.items() if key != "fc.bias"}, r"lacks 1 of 472 weights, fc\.bias"
+    yield state | {"AuxLogits.fc.bias": torch.zeros(3)}, r"1 weights too many, AuxLogits\.fc\.bias the first"
+    yield state | {"fc.weight": torch.zeros(1000, 2048)}, r"fc\.weight of shape \(1000, 2048\), not \(1008, 2048\)"
+    yield state | {"fc.bias": torch.full((1008,), torch.nan)}, r"fc\.bias with numbers that are not finite"
+
+
+def test_weights_of_another_network_are_named(weights, tmp_path):
+    for state, said in other_networks(weights):
+        torch.save(state, tmp_path / "other.pth")
+        with pytest.raises(UserError, match=f"other.pth: not the weights of Inception 2015-12-05, it .*{said}") as no:
+            build_extractor("inception", str(tmp_path / "other.pth"), "give --weights PATH")
+        assert "\n" not in str(no.value) and "give --weights PATH" in str(no.value)
+    assert "evaluation." not in str(no.value)
+
+
+def broken_files(weights):
     yield "empty", b""
     yield "text", b"<html>404</html>"
     yield "truncated", weights.read_bytes()[:1_000_000]
     for name, content in (
         ("list", [1, 2]),
-        ("keys", {f"module.{key}": value for key, value in state.items()}),
-        ("shapes", state | {"fc.weight": torch.zeros(1000, 2048)}),
         ("code", hashlib.sha256),
     ):
         torch.save(content, weights.with_name("part.pth"))
