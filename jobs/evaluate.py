@@ -1,13 +1,17 @@
 """`medsynth evaluate`: score a folder of pictures against a folder of real ones."""
 
 import json
+from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from tempfile import TemporaryFile
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from medsynth.errors import UserError
+from medsynth.files import write_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,8 +36,14 @@ _WHAT = {
 @click.option("--extractor", default="inception", show_default=True, help="inception or random (needs no weights).")
 @click.option("--weights", type=str, help="Inception weights file. [default: torch-fidelity's download]")
 @click.option(
-    "--resolution", type=click.IntRange(1), help="Bring both sides to this many pixels first. [default: as they are]"
-)
+    "--resolution", type=click.IntRange(1),
+    help="Make pictures squares of this many pixels first, as training's references are. [default: the generated "
+    "pictures' size, where they are squares of one size]",
+)  # fmt: skip
+@click.option(
+    "--square", type=click.Choice(["crop", "pad"]), default="crop", show_default=True,
+    help="How they become squares: data.square of the data set; canine_hip's is pad.",
+)  # fmt: skip
 @click.option(
     "--sixteen-bit", type=click.Choice(["full", "range", "window"]), default="full", show_default=True,
     help="How pictures of more than 8 bits are shown: data.sixteen_bit of the data set; chest_xray's is window.",
@@ -44,12 +54,13 @@ _WHAT = {
 @click.option("--out", type=click.Path(path_type=Path), help="JSON file for the scores. [default: only the table]")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1 …")
 def main(
-    real: Path, fake: Path, extractor: str, weights: str | None, resolution: int | None, sixteen_bit: str,
+    real: Path, fake: Path, extractor: str, weights: str | None, resolution: int | None, square: str, sixteen_bit: str,
     window: tuple[float, float] | None, batch_size: int, workers: int, out: Path | None, device: str,
 ) -> None:  # fmt: skip
     """Score generated pictures against real ones: FID, KID, Inception Score, precision, recall, F1.
 
-    Folders of any size: pictures stream through, of any mode and size, DICOM files too.
+    Folders of any size: pictures stream through, of any mode and size, DICOM files too. Both sides are brought to the
+    size of the generated pictures, as training does it; a line says so.
     """
     from rich.console import Console
     from rich.table import Table
@@ -60,34 +71,100 @@ def main(
     from metrics.suite import GenerationMetrics
 
     check_window(window, used=True)
-    sides = {"real": real, "fake": fake}
-    sides = {side: _Folder(folder, resolution, sixteen_bit, window) for side, folder in sides.items()}
-    for note in [note for side in sides.values() for note in side.notes]:
-        click.echo(note)
-    network = build_extractor(extractor, weights)
-    metrics = GenerationMetrics(network, len(sides["real"]), len(sides["fake"])).to(pick_device(device))
-    _stream(sides["real"], metrics.update_real, "real", batch_size, workers)
-    _stream(sides["fake"], metrics.update_fake, "generated", batch_size, workers)
+    _check_out(out)
+    reals, fakes = (_Folder(folder, resolution, square, sixteen_bit, window) for folder in (real, fake))
+    network = build_extractor(extractor, weights, "give --weights PATH or --extractor random")
+    metrics = GenerationMetrics(network, len(reals), len(fakes)).to(pick_device(device))
+    sizes = {"real_sizes": _sizes(reals), "fake_sizes": _sizes(fakes)}
+    reals.resolution = fakes.resolution = resolution or _side_of(sizes["fake_sizes"])
+    for line in [*reals.notes, *fakes.notes, *_said_of_sizes(*sizes.values(), reals.resolution, square)]:
+        click.echo(line)
+    _stream(reals, metrics.update_real, "real", batch_size, workers)
+    _stream(fakes, metrics.update_fake, "generated", batch_size, workers)
     scores = metrics.compute()
 
     table = Table("metric", "value", "", box=None)
     for name, value in scores.items():
         table.add_row(name, f"{value:.6g}", _WHAT.get(name.split("_")[0], "") if not name.endswith("_std") else "")
     Console().print(table)
-    if out:
-        counts = {"real_pictures": len(sides["real"]), "fake_pictures": len(sides["fake"])}
-        report = {"scores": scores, **counts, "extractor": network.identity, "resolution": resolution}
-        report |= {"sixteen_bit": sixteen_bit, "window": window}
-        out.write_text(json.dumps(report, indent=2) + "\n")
-        click.echo(f"scores in {out}")
+    report = {"scores": scores, "real_pictures": len(reals), "fake_pictures": len(fakes)}
+    report |= {"extractor": network.identity, "resolution": reals.resolution, "square": square}
+    report |= {name: _described(found) for name, found in sizes.items()}
+    report |= {"sixteen_bit": sixteen_bit, "window": window}
+    _write(report, out)
+
+
+def _check_out(out: Path | None) -> None:
+    """Before the work: what would fail after it."""
+    if out is None:
+        return
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder: name a file in it, {out / 'scores.json'}")
+    if not out.parent.is_dir():
+        raise UserError(f"--out {out}: there is no folder {out.parent}; make it, or choose another file")
+    try:
+        with TemporaryFile(dir=out.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"--out {out}: nothing can be written there ({error.strerror}); choose another file") from None
+
+
+def _write(report: dict[str, Any], out: Path | None) -> None:
+    if out is None:
+        return
+    try:
+        write_whole(out, json.dumps(report, indent=2, allow_nan=False) + "\n")
+    except OSError as error:
+        raise UserError(
+            f"--out {out} cannot be written ({error.strerror}); the scores are in the table above"
+        ) from None
+    click.echo(f"scores in {out}")
+
+
+_Sizes = Counter[tuple[int, int]]
+"""How many pictures are of each width and height."""
+
+
+def _sizes(folder: "_Folder") -> _Sizes:
+    """By the headers, which also show before the work what cannot be read."""
+    from datamodules.files.pictures import picture_size
+    from datamodules.files.raster import MOST_PIXELS
+
+    with ThreadPoolExecutor() as pool:
+        return Counter(pool.map(lambda path: picture_size(path, MOST_PIXELS), folder.paths))
+
+
+def _side_of(sizes: _Sizes) -> int | None:
+    """The side, where all are squares of one."""
+    sides = {side for size in sizes for side in size}
+    return sides.pop() if len(sides) == 1 else None
+
+
+def _described(sizes: _Sizes) -> str:
+    least, most = (f"{width}×{height}" for width, height in (min(sizes), max(sizes)))
+    return least if len(sizes) == 1 else f"{len(sizes)} sizes from {least} to {most}"
+
+
+def _said_of_sizes(real: _Sizes, fake: _Sizes, resolution: int | None, square: str) -> list[str]:
+    """What the scores depend on and a reader would not guess."""
+    sizes = f"real pictures {_described(real)}, generated {_described(fake)}"
+    if resolution is None:
+        advice = "--resolution R makes all R×R, and so comparable with training's evaluation"
+        return [f"{sizes}: scored as they are; {advice}"] if len(real | fake) > 1 else []
+    if set(real | fake) == {(resolution, resolution)}:
+        return []
+    moved = f"{sizes}: all scored at {resolution}×{resolution} (--square {square})"
+    also = "" if _side_of(fake) == resolution else "; training's evaluation scores generated pictures as they are drawn"
+    return [moved + also]
 
 
 class _Folder:
     """Index -> uint8 (3, H, W) of a folder's pictures, in the order of their names."""
 
     def __init__(
-        self, folder: Path, resolution: int | None, sixteen_bit: str = "full", window: tuple[float, float] | None = None
-    ):
+        self, folder: Path, resolution: int | None, square: str = "crop", sixteen_bit: str = "full",
+        window: tuple[float, float] | None = None,
+    ):  # fmt: skip
         from datamodules.files.images import SUFFIXES
         from datamodules.files.walk import PictureFolder, not_read
 
@@ -96,7 +173,7 @@ class _Folder:
         found = PictureFolder(folder, dicom=True)
         self.paths = sorted(folder / name for name in found.names())
         self.notes = [f"{folder}: {note}" for note in not_read(found.others)]
-        self.resolution, self.sixteen_bit, self.window = resolution, sixteen_bit, window
+        self.resolution, self.square, self.sixteen_bit, self.window = resolution, square, sixteen_bit, window
         if not self.paths:
             raise UserError(f"{folder} holds no pictures ({', '.join(sorted(SUFFIXES))})")
 
@@ -105,7 +182,7 @@ class _Folder:
 
     def __getitem__(self, index: int) -> "Tensor | str":
         """A string says why the picture cannot be read."""
-        from datamodules.files.images import crop_square
+        from datamodules.files.images import Geometry
         from datamodules.files.pictures import read_picture
         from datamodules.files.raster import MOST_PIXELS
 
@@ -113,7 +190,7 @@ class _Folder:
             picture = read_picture(self.paths[index], MOST_PIXELS, 0, self.sixteen_bit, self.window)
         except UserError as error:
             return str(error)  # an exception would cross the worker's border with its traceback
-        return crop_square(picture, self.resolution) if self.resolution else picture
+        return Geometry(self.resolution, self.square).apply(picture) if self.resolution else picture
 
 
 def _stream(

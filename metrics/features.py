@@ -66,8 +66,8 @@ class FeatureStatistics(Metric):
             raise ValueError(f"of {self.total} pictures to score, {missing} never came and {repeated} more than once")
         if self.broken:
             raise UserError(
-                f"{int(self.broken)} of {self.total} {self.kind} have features that are not finite (NaN or infinite): no "
-                "score can be given; look at these pictures and at the extractor's weights"
+                f"{int(self.broken)} of {self.total} {self.kind} have features that are not finite (NaN, infinite), so "
+                "that nothing can be scored: look at these pictures and at the extractor's weights"
             )
         mean = self.moment1 / self.total
         covariance = (self.moment2 - self.total * torch.outer(mean, mean)) / (self.total - 1)
