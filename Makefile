@@ -2,10 +2,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 DATA := ../shared/data/colonoscopy
 
-.PHONY: help install quickstart colonoscopy benchmark traces manifests test cluster cluster-all soak lint format clean
+.PHONY: help install quickstart colonoscopy benchmark benchmark-scores traces manifests test cluster cluster-all soak lint format clean
 
 help:  ## Show what there is to make
-	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "%-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(VENV)/installed: pyproject.toml
 	python3 -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Medsynth needs Python 3.11 or newer")'
@@ -25,6 +25,9 @@ colonoscopy: install  ## Train MSDM on real pictures, DATA=FOLDER in MEDVQA-GI's
 
 benchmark: install  ## Time the training step of each method beside a plain loop, on the GPU if there is one
 	$(BIN)/python -m benchmarks.train_step
+
+benchmark-scores: install  ## Time the parts of a score beside torchmetrics, on one thread
+	$(BIN)/python -m benchmarks.scores
 
 traces: install  ## Write the golden traces anew, after a change that is meant to change what is learned
 	$(BIN)/python -m tests.traces

@@ -62,10 +62,11 @@ class EvaluationConfig:
             raise UserError(f"evaluation.images={self.images}: scores need at least {LEAST}; 0 scores nothing")
 
     def names(self) -> list[str]:
-        """What is logged of each evaluation."""
+        """What each evaluation logs that can be compared; of the deviations, the kernel distance's may be left out."""
         if not self.images:
             return []
         scores = score_names(self.extractor, EXTRACTORS[self.extractor].classes > 0)
+        scores = [name for name in scores if not name.endswith("_std")]
         return [f"eval/{name}" for name in scores + (["psnr", "ssim"] if self.paired else [])]
 
 

@@ -75,9 +75,9 @@ def main(
     reals, fakes = (_Folder(folder, resolution, square, sixteen_bit, window) for folder in (real, fake))
     network = build_extractor(extractor, weights, "give --weights PATH or --extractor random")
     metrics = GenerationMetrics(network, len(reals), len(fakes)).to(pick_device(device))
-    sizes = {"real_sizes": _sizes(reals), "fake_sizes": _sizes(fakes)}
-    reals.resolution = fakes.resolution = resolution or _side_of(sizes["fake_sizes"])
-    for line in [*reals.notes, *fakes.notes, *_said_of_sizes(*sizes.values(), reals.resolution, square)]:
+    real_sizes, fake_sizes = _sizes(reals), _sizes(fakes)
+    reals.resolution = fakes.resolution = resolution or _side_of(fake_sizes)
+    for line in [*reals.notes, *fakes.notes, *_said_of_sizes(real_sizes, fake_sizes, reals.resolution, square)]:
         click.echo(line)
     _stream(reals, metrics.update_real, "real", batch_size, workers)
     _stream(fakes, metrics.update_fake, "generated", batch_size, workers)
@@ -89,7 +89,7 @@ def main(
     Console().print(table)
     report = {"scores": scores, "real_pictures": len(reals), "fake_pictures": len(fakes)}
     report |= {"extractor": network.identity, "resolution": reals.resolution, "square": square}
-    report |= {name: _described(found) for name, found in sizes.items()}
+    report |= {"real_sizes": _described(real_sizes), "fake_sizes": _described(fake_sizes)}
     report |= {"sixteen_bit": sixteen_bit, "window": window}
     _write(report, out)
 

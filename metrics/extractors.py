@@ -164,7 +164,8 @@ def _fold_normalisations(network: nn.Module) -> nn.Module:
         if isinstance(block, BasicConv2d):
             # In float64, so that the products are rounded once.
             fused = fuse_conv_bn_eval(block.conv.double(), block.bn.double())
-            block.conv, block.bn = fused.float().requires_grad_(False), nn.Identity()
+            block.conv = fused.float().requires_grad_(False)
+            setattr(block, "bn", nn.Identity())  # noqa: B010  # its type is that of a batch norm
     return network
 
 

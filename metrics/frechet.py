@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import torch
-from scipy.linalg.lapack import dpstrf
+from scipy.linalg.lapack import dpstrf  # pyrefly: ignore[missing-module-attribute]  # made when it is imported
 from torch import Tensor
 
 _BLOCK = 256  # rows of a triangular product that are taken together

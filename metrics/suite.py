@@ -17,7 +17,7 @@ LEAST = 4
 
 
 def score_names(extractor: str, has_logits: bool) -> list[str]:
-    """What `GenerationMetrics.compute` names its scores with an extractor of that name."""
+    """What `GenerationMetrics.compute` names its scores with an extractor of that name, in its order."""
     published = extractor == "inception"
     suffix = "" if published else f"_{extractor}"
     fd, kd = ("fid", "kid") if published else (f"fd{suffix}", f"kd{suffix}")

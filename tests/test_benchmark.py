@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
-from benchmarks import peers
+from benchmarks import peers, scores
 from benchmarks.cell import DIFFERENT, METHODS, Batches, Cell, build
 from benchmarks.flops import count, per_picture
 from benchmarks.plain import LOOPS, Draws
@@ -209,3 +209,16 @@ def test_nothing_is_needed_that_training_alone_does_not_need():
     )
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd=REPOSITORY)
+
+
+def test_scores_and_torchmetrics_come_to_the_same(tmp_path):
+    command = ["--features", "48", "--batch", "8", "--images", "0", "--rounds", "2", "--json"]
+    printed = CliRunner().invoke(scores.main, [*command, str(tmp_path / "rows.json")], catch_exceptions=False).stdout
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [row["name"].split(":")[0] for row in rows] == [
+        "Fréchet distance, full rank", "Fréchet distance, deficient", "statistics, an update"
+    ]  # fmt: skip
+    for row in rows:
+        assert row["difference"] < 1e-6 and row["name"].split(",")[0] in printed
+        pairs = zip(row["rounds"]["ours"], row["rounds"]["theirs"], strict=True)
+        assert row["ratio"][1] == pytest.approx(sum(theirs / ours for ours, theirs in pairs) / 2)

@@ -303,7 +303,7 @@ def test_evaluate_reads_a_chest_set_as_the_data_set_does(tmp_path):
     write_chest(tmp_path / "set", images=12, seed=0, size=48, dicom=True)
     data = chest(tmp_path / "set", resolution=48)
     references = data.reference_set("all")
-    found = _Folder(tmp_path / "set" / "images", None, "window")
+    found = _Folder(tmp_path / "set" / "images", None, sixteen_bit="window")
     assert len(found) == len(references) == 12
     assert all(torch.equal(found[i], references[i]) for i in range(12))
     plain = _Folder(tmp_path / "set" / "images", None)

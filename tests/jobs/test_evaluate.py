@@ -84,7 +84,7 @@ def test_the_scores_of_folders_are_training_s_of_the_same_pictures(tmp_path, squ
     [
         ([(32, 32)], [(32, 32)], (), None, 32),
         ([(32, 32)], [(32, 32)], ("--resolution", 32), None, 32),
-        ([(48, 48)], [(32, 32)], ("--resolution", 16), "generated 32×32: all scored at 16×16 (--square crop); train", 16),
+        ([(48, 48)], [(32, 32)], ("--resolution", 16), "generated 32×32: all scored at 16×16 (--square crop); ", 16),
         ([(40, 30)], [(40, 30)], (), None, None),
         ([(40, 30)], [(40, 32)], (), "real pictures 40×30, generated 40×32: scored as they are; --resolution R", None),
         ([(32, 32)], [(32, 32), (16, 16)], (), "generated 2 sizes from 16×16 to 32×32: scored as they are", None),
@@ -102,6 +102,8 @@ def test_one_subset_has_no_deviation_in_the_report(tmp_path):
     evaluate(real, fake, "--out", tmp_path / "scores.json")
     scores = json.loads((tmp_path / "scores.json").read_text())["scores"]
     assert set(scores) == {"fd_random", "kd_random", "precision_random", "recall_random", "f1_random"}
+    # Nor can a checkpoint be chosen by it.
+    assert set(EvaluationConfig(extractor="random").names()) == {f"eval/{name}" for name in scores}
 
 
 @pytest.mark.parametrize(
