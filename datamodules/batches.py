@@ -49,11 +49,14 @@ class Conditions(_Rows):
     captions: n prompts; an empty string asks for an unconditional picture.
     labels: int64 (n,), class indices.
     control: float32 (n, C, H, W) in [0, 1], a picture that steers the generation.
+    negatives: n prompts that guidance leads away from, each in the place of the empty one; of `captions` alone, and
+        only where the method's `supports.negatives`.
     """
 
     captions: list[str] | None = None
     labels: Tensor | None = None
     control: Tensor | None = None
+    negatives: list[str] | None = None
 
     def __len__(self) -> int:
         given = [v for v in (self.captions, self.labels, self.control) if v is not None]

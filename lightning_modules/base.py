@@ -42,6 +42,8 @@ class Supports:
     """Of: captions, labels, control."""
     strategies: frozenset[str] = frozenset({"auto", "ddp"})
     """Of `STRATEGIES`."""
+    negatives: bool = False
+    """Whether guidance can lead away from words of the caller's: `Conditions.negatives`, negative prompts."""
 
 
 class GenerativeModule(L.LightningModule, ABC):
@@ -112,6 +114,15 @@ class GenerativeModule(L.LightningModule, ABC):
     def read_weights(self) -> list[Weights]:
         """All weights from outside that `build` reads, exports of earlier runs among them: a run holds on to these."""
         return self.required_weights()
+
+    def steered_by(self) -> list[str]:
+        """Kinds of control (`CONTROL_CHANNELS`) that change what is drawn, where control is supported."""
+        return []
+
+    def sampling(self, steps: int | None = None, guidance: float | None = None) -> dict[str, Any]:
+        """What a call of `sample` with these draws by: "sampler", "steps" and "guidance", as far as the method has
+        them, the config's values in the place of None."""
+        return {}
 
     def learn(self, batch: ImageBatch) -> dict[str, Tensor]:
         """What a training step does with its batch: the losses, "loss" among them, which Lightning then minimises.

@@ -92,7 +92,7 @@ class ControlNet(Denoising):
 
     Config = ControlNetConfig
     config: ControlNetConfig
-    supports = Supports(frozenset({"captions", "control"}), STRATEGIES)
+    supports = Supports(frozenset({"captions", "control"}), STRATEGIES, negatives=True)
 
     def __init__(self, config: ControlNetConfig):
         super().__init__(config)
@@ -141,6 +141,9 @@ class ControlNet(Denoising):
     def trainable_modules(self) -> dict[str, nn.Module]:
         networks = {name: getattr(self, name) for name in ("controlnet", "image_prompt", "discriminator")}
         return {name: network for name, network in networks.items() if network is not None}
+
+    def steered_by(self) -> list[str]:
+        return [name for name, weight in self.config.controls.items() if weight]
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         super().compile(*args, **kwargs)

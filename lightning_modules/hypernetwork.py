@@ -67,7 +67,7 @@ class HypernetworkModule(Denoising):
 
     Config = HypernetworkConfig
     config: HypernetworkConfig
-    supports = Supports(frozenset({"captions"}), STRATEGIES)
+    supports = Supports(frozenset({"captions"}), STRATEGIES, negatives=True)
 
     def build(self) -> None:
         super().build()

@@ -93,7 +93,7 @@ class MSDM(LatentDiffusion):
     """A U-Net with text cross-attention that denoises the latents of a frozen autoencoder."""
 
     Config = MSDMConfig
-    supports = Supports(frozenset({"captions"}), STRATEGIES)
+    supports = Supports(frozenset({"captions"}), STRATEGIES, negatives=True)
 
     def build(self) -> None:
         config: MSDMConfig = self.config

@@ -38,7 +38,7 @@ class FineTuning(Denoising):
     """Stable Diffusion whose U-Net, and text encoder if asked, learn whole or by low-rank updates."""
 
     config: FineTuningConfig
-    supports = Supports(frozenset({"captions"}), STRATEGIES)
+    supports = Supports(frozenset({"captions"}), STRATEGIES, negatives=True)
 
     def build(self) -> None:
         super().build()

@@ -245,11 +245,12 @@ class LatentDiffusion(GenerativeModule):
     def with_unconditional(self, conditions: Conditions) -> Context:
         """What the denoiser is told under guidance: n rows that it leads away from, before the n of the conditions.
 
-        Those are told no words, but have the same control; a method that is told something else says so here.
+        Those are told no words or the negative ones, but have the same control; a method that is told something else
+        says so here, and in `supports.negatives` whether the caller's words can stand in its place.
         """
         rows, words = len(conditions), conditions.captions or [""] * len(conditions)
         twice = conditions[[*range(rows), *range(rows)]]
-        return self.condition(replace(twice, captions=[""] * rows + words))
+        return self.condition(replace(twice, captions=(conditions.negatives or [""] * rows) + words))
 
     def steer(self, text: Context, conditions: Conditions) -> Context:
         """The text's context with all else that the conditions say."""
@@ -263,8 +264,18 @@ class LatentDiffusion(GenerativeModule):
         context = self.guided_context(conditions, guidance)
         return to_image_range(self.decode(self.draw(context, seeds, steps=steps, guidance=guidance)))
 
+    def sampling(self, steps: int | None = None, guidance: float | None = None) -> dict[str, Any]:
+        sampler = self.config.sampler
+        return {"sampler": sampler.name, "steps": steps or sampler.steps, "guidance": self._guidance(guidance)}
+
     def guided_context(self, conditions: Conditions, guidance: float | None = None) -> Context:
-        """What `draw` is told for these conditions; with guidance, the unconditional rows stand before the others."""
+        """What `draw` is told for these conditions; with guidance, the unconditional rows stand before the others.
+
+        Raises:
+            UserError: there are negative prompts, and nothing is led away from them.
+        """
+        if conditions.negatives and not (self.supports.negatives and self._guidance(guidance) != 1):
+            raise UserError("negative prompts need a method that leads away from words, and guidance other than 1")
         if self._guidance(guidance) == 1 or self.guidance_is_input:
             return self.condition(conditions)
         return self.with_unconditional(conditions)

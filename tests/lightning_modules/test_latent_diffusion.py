@@ -99,6 +99,13 @@ def test_without_a_say_guidance_leads_away_from_no_words_with_the_same_control()
     assert torch.equal(module.guided_context(told, 1).embeddings, module.embed(["a", "bc"]).embeddings)
 
 
+def test_negative_prompts_are_refused_where_nothing_is_led_away_from_them():
+    told = Conditions(captions=["a"], negatives=["b"])
+    for module, guidance in ((built(ZeroPrior), 3.0), (built(VectorPrior), 3.0)):
+        with pytest.raises(UserError, match="negative prompts need a method that leads away from words"):
+            module.sample(told, [1], guidance=guidance)
+
+
 def test_two_stages_draw_with_noise_of_their_own():
     module = built(Decoder)
     images = module.sample(ASKED, [1, 2, 3])

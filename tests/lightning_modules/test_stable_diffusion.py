@@ -59,12 +59,12 @@ def batch(count: int = 2) -> ImageBatch:
     return ImageBatch(images, Conditions(captions=PROMPTS[:count]), seeds, torch.zeros(count, dtype=torch.bool))
 
 
-def drawn(pipeline, steps: int = 4, guidance: float = 3.0, seeds=(7, 8)) -> Tensor:
+def drawn(pipeline, steps: int = 4, guidance: float = 3.0, seeds=(7, 8), **prompts) -> Tensor:
     """What plain diffusers draws, float32 (n, 3, H, W)."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     images = pipeline(
         PROMPTS, height=32, width=32, num_inference_steps=steps, guidance_scale=guidance, generator=generators,
-        output_type="pt",
+        output_type="pt", **prompts,
     ).images  # fmt: skip
     return images.float()
 
@@ -131,6 +131,16 @@ def test_an_exported_folder_draws_the_same_pictures_in_plain_diffusers(folders, 
     module.export(tmp_path)
     ours = module.sample(Conditions(captions=PROMPTS), [7, 8], steps=4, guidance=3.0)
     torch.testing.assert_close(ours, drawn(reference(tmp_path)), rtol=0, atol=2e-5)
+
+
+def test_negative_prompts_draw_the_same_pictures_in_plain_diffusers(folders):
+    module, pipeline, away = built(folders["sd1"]), reference(folders["sd1"]), ["blurred, text", ""]
+    pipeline.scheduler = module.scheduler()
+    ours = module.sample(Conditions(captions=PROMPTS, negatives=away), [7, 8], steps=4, guidance=3.0)
+    torch.testing.assert_close(ours, drawn(pipeline, negative_prompt=away), rtol=0, atol=2e-5)
+    plain = module.sample(Conditions(captions=PROMPTS), [7, 8], steps=4, guidance=3.0)
+    assert (ours[0] - plain[0]).abs().max() > 1e-4
+    torch.testing.assert_close(ours[1], plain[1], rtol=0, atol=1e-6)
 
 
 def test_zero_terminal_snr_draws_the_same_pictures_too(folders, tmp_path):
