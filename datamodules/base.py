@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any, Generic, Optional, TypeVar
 
 import lightning as L
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.batches import Conditions, Drawing, ImageBatch, Sample
+from datamodules.files.control_folder import OwnControls
 from datamodules.stream import EvaluationSampler, PlainLoader, SampleOrder, StreamBatchSampler, StreamLoader
 from medsynth.errors import UserError
 from medsynth.files import write_whole
@@ -177,6 +179,26 @@ class ImageDataModule(L.LightningDataModule, ABC, Generic[ConfigT]):
             UserError: the conditions are of no picture.
         """
         raise UserError("evaluation.paired: what evaluation asks for belongs to no real picture here; set it to false")
+
+    def evaluation_length(self) -> int:
+        """Rows of `evaluation_conditions` before the first of them comes again."""
+        return len(self.validation_set())
+
+    def own_controls(self, folder: Path, kinds: Sequence[str], levels: Sequence[int] | None = None) -> OwnControls:
+        """Pictures of the user's own that are to steer a generation, read as training reads the data set's.
+
+        folder: as `files.control_folder` says. kinds: those of `controls` that the model heeds; the channels of the
+        others are 0. levels: grey values of the masks that it was trained with, where they are known and few.
+
+        Raises:
+            UserError: nothing steers here; a folder or a picture of a kind is missing.
+        """
+        raise UserError(f"data.name={self.config.name}: this data set has nothing that steers a generation")
+
+    def control_pictures(self, control: Tensor) -> dict[str, np.ndarray]:
+        """A control (C, R, R) as pictures (R, R) or (R, R, 3), uint8 or uint16, by kind: of masks the grey values that
+        the data set's own have."""
+        return {}
 
     def to_draw(self) -> list[Drawing]:
         """Pictures that the untrained model draws before training (class pictures of a prior-preservation loss)."""

@@ -3,12 +3,15 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from datamodules.base import ImageDataModule, SizedDataset, TrainingSamples, ValidationSamples
 from datamodules.batches import Conditions, Drawing, ImageBatch, Sample
+from datamodules.files.control_folder import OwnControls
 from datamodules.files.latents import VALIDATION, Cache, CachedText, ShardedRows, variant_part
 from datamodules.stream import derive_seed
 
@@ -84,6 +87,15 @@ class CachedLatents(ImageDataModule):
 
     def paired_pictures(self, rows: Sequence[int]) -> Tensor:
         return self.source.paired_pictures(rows)
+
+    def evaluation_length(self) -> int:
+        return self.source.evaluation_length()
+
+    def own_controls(self, folder: Path, kinds: Sequence[str], levels: Sequence[int] | None = None) -> OwnControls:
+        return self.source.own_controls(folder, kinds, levels)
+
+    def control_pictures(self, control: Tensor) -> dict[str, np.ndarray]:
+        return self.source.control_pictures(control)
 
     def to_draw(self) -> list[Drawing]:
         return self.source.to_draw()

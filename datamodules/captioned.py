@@ -193,10 +193,12 @@ class CaptionedDataModule(ImageDataModule[CaptionedT]):
         reals = ReferenceSet([found.val[index].picture for index in self._asked(rows)], found.pictures, self.config)
         return torch.stack([reals[i] for i in range(len(reals))])
 
+    def evaluation_length(self) -> int:
+        return len(self._contents.evaluation or self._contents.val)
+
     def _asked(self, rows: Sequence[int]) -> list[int]:
         """Which of its prompts, or else of the validation pairs, each row of evaluation's order is."""
-        found = self._contents
-        order = SampleStream(len(found.evaluation or found.val), derive_seed(self.seed, "evaluation"))
+        order = SampleStream(self.evaluation_length(), derive_seed(self.seed, "evaluation"))
         return [order(row)[1] for row in rows]
 
     def all_captions(self) -> list[str]:
@@ -208,6 +210,7 @@ class CaptionedDataModule(ImageDataModule[CaptionedT]):
         found = self._contents
         split = {"seed": self.seed, "train": picture_names(found.train), "val": picture_names(found.val)}
         split |= {"classes": found.classes} if found.classes else {}
+        split |= {"mask_levels": found.mask_levels} if found.mask_levels else {}
         return split | ({"group": self.config.group} if self.config.group is not None else {})
 
     @property

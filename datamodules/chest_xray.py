@@ -13,7 +13,7 @@ Masks and depth maps are needed only where `data.controls` names them.
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import ClassVar, Optional
+from typing import Any, ClassVar, Optional
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from torchvision.transforms.v2 import InterpolationMode
 
 from datamodules.captioned import CaptionedConfig, CaptionedDataModule, Contents, Pair, Progress, picture_names
 from datamodules.files.control import canny, channels
+from datamodules.files.control_folder import OwnControls, kind_folders
 from datamodules.files.depth import SOURCE_FILE
 from datamodules.files.detection import split_not_read
 from datamodules.files.dicom import dicom_size, is_dicom
@@ -38,6 +39,8 @@ from medsynth.ranges import number, numbers
 _CAPTIONS = "captions.csv"
 _SURVEYED = 100
 """Masks and depth maps that are decoded for their levels where `data.check=headers` decodes no others."""
+_FOLDER_KEYS = {"depth": "depth", "mask": "masks", "picture": "images"}  # config keys of each kind's folder
+_MOST_LEVELS = 32  # grey values that masks of classes have; with more they are shades, of which any may come
 
 
 @dataclass
@@ -102,6 +105,7 @@ class XRayPictures(Pictures[ChestXRayConfig]):
         folders = {"mask": config.masks, "depth": config.depth}
         self._folders = {kind: PictureFolder(root / folders[kind]) for kind in config.controls if kind in folders}
         self._survey = Survey(config.mask_max)
+        self.mask_levels: set[int] = set()  # of the masks that `check_picture` has decoded
 
     def check_picture(self, name: str) -> None:
         """Refuse an unsound picture, and a mask or depth map that is missing, unsound or of another size."""
@@ -116,7 +120,10 @@ class XRayPictures(Pictures[ChestXRayConfig]):
                 raise UserError(f"{path} is {sizes}: stretch it to {size[0]}x{size[1]}, as the picture is shown")
             self._check_size(kind, path, own, size)
             if self.config.check == "all":
-                self._add(kind, path, *read_grey(path, most))
+                values, white = read_grey(path, most)
+                self._add(kind, path, values, white)
+                if kind == "mask":
+                    self.mask_levels |= _levels(values, self.config.mask_max)
 
     def check_levels(self, names: Sequence[str]) -> None:
         """Refuse masks and depth maps that all of the set shows to be no greys; names: its sound pictures.
@@ -217,6 +224,36 @@ class XRayPictures(Pictures[ChestXRayConfig]):
         return most
 
 
+class _OwnPictures(XRayPictures):
+    """Those of a folder of the user's own, whose masks must have the greys of those that the run was trained with."""
+
+    def __init__(self, config: ChestXRayConfig, levels: Sequence[int] | None):
+        super().__init__(Path(), config)
+        self._levels = levels
+
+    def _white(self, kind: str, path: Path, values: NDArray, white: int) -> int:
+        if kind == "depth":
+            return super()._white(kind, path, values, white)
+        try:
+            most = super()._white(kind, path, values, white)
+        except UserError:
+            raise UserError(
+                f"{path} reaches {values.max()}, and the masks that the run was trained with reach "
+                f"{self.config.mask_max}: save it with the same greys"
+            ) from None
+        if self._levels and (strange := _levels(values, self.config.mask_max) - {*self._levels}):
+            raise UserError(
+                f"{path} has the grey {min(strange)}, and the masks that the run was trained with have "
+                f"{', '.join(map(str, self._levels))}: save it with those"
+            )
+        return most
+
+
+def _levels(mask: NDArray, most: int) -> set[int]:
+    """The grey values of a mask, of which `most` is 1.0; white of one bit is that."""
+    return set((np.unique(mask).astype(int) * (most if mask.dtype == np.bool_ else 1)).tolist())
+
+
 class ChestXRay(CaptionedDataModule[ChestXRayConfig]):
     """Pairs of picture and caption, each with what steers its generation."""
 
@@ -251,6 +288,22 @@ class ChestXRay(CaptionedDataModule[ChestXRayConfig]):
         return write_depth_maps(
             pictures.open_picture, names, self._root / self.config.depth, source, model, on_progress
         )
+
+    def own_controls(self, folder: Path, kinds: Sequence[str], levels: Sequence[int] | None = None) -> OwnControls:
+        places = kind_folders(folder, kinds)
+        files = {kind: PictureFolder(place, dicom=kind == "picture") for kind, place in places.items()}
+        own: dict[str, Any] = {key: str(places[kind]) for kind, key in _FOLDER_KEYS.items() if kind in places}
+        read = [kind for kind in kinds if kind != "canny" or "canny" not in places]
+        pictures = _OwnPictures(replace(self.config, controls=read, **own), levels)
+        return OwnControls(folder, files, pictures, read, self.config.controls, self.config.square)
+
+    def control_pictures(self, control: Tensor) -> dict[str, np.ndarray]:
+        white, pictures = {"canny": 255, "depth": 65535, "mask": self.config.mask_max, "picture": 255}, {}
+        for kind, place in channels(self.config.controls).items():
+            values = np.rint(control[place].cpu().numpy() * white[kind])
+            values = values.astype(np.uint16 if white[kind] > 255 else np.uint8)
+            pictures[kind] = values.transpose(1, 2, 0) if len(values) == 3 else values[0]
+        return pictures
 
     def _folder(self) -> PictureFolder:
         folder = self._root / self.config.images
@@ -289,7 +342,8 @@ class ChestXRay(CaptionedDataModule[ChestXRayConfig]):
         notes = split_not_read(folder.names()) + others_in(
             self._root, {self.config.images: folder.others} | beside, [self.config.captions or _CAPTIONS]
         )
-        return Contents(train, val, pictures, summary, groups=groups, notes=notes)
+        levels = sorted(pictures.mask_levels) if len(pictures.mask_levels) <= _MOST_LEVELS else None
+        return Contents(train, val, pictures, summary, groups=groups, notes=notes, mask_levels=levels)
 
     def _tables(self, folder: PictureFolder) -> list[Table]:
         """The rows of the captions file, whose Filename becomes the picture's path, and those of all other pictures."""

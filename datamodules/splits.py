@@ -57,7 +57,8 @@ class Contents:
     train, val: pairs by split. pictures: what opens them. summary: counts by plain names. evaluation: prompts that
     evaluation asks for instead of those of `val`. classes: the name of each label, where pairs have labels. test: names
     of the pictures that do neither. groups: of all these pictures, where `data.group` is set. notes: lines on what
-    lies in the folder and is not read.
+    lies in the folder and is not read. mask_levels: grey values of all masks, where there are some, all were read, and
+    the values are few.
     """
 
     train: list[Pair]
@@ -69,6 +70,7 @@ class Contents:
     test: list[str] = field(default_factory=list)
     groups: Groups | None = None
     notes: list[str] = field(default_factory=list)
+    mask_levels: list[int] | None = None
 
     def sides(self) -> dict[str, list[str]]:
         """The pictures that train, validate and do neither, class pictures of a prior aside; of those that train and

@@ -167,11 +167,14 @@ class _Folder:
     ):  # fmt: skip
         from datamodules.files.images import SUFFIXES
         from datamodules.files.walk import PictureFolder, not_read
+        from jobs.drawing.listed import control_folders
 
         if not folder.is_dir():
             raise UserError(f"there is no folder {folder}")
         found = PictureFolder(folder, dicom=True)
-        self.paths = sorted(folder / name for name in found.names())
+        steered = control_folders(folder)
+        paths = (folder / name for name in found.names())
+        self.paths = sorted(path for path in paths if steered.isdisjoint(path.parents))
         self.notes = [f"{folder}: {note}" for note in not_read(found.others)]
         self.resolution, self.square, self.sixteen_bit, self.window = resolution, square, sixteen_bit, window
         if not self.paths:

@@ -121,7 +121,11 @@ class GenerativeModule(L.LightningModule, ABC):
 
     def sampling(self, steps: int | None = None, guidance: float | None = None) -> dict[str, Any]:
         """What a call of `sample` with these draws by: "sampler", "steps" and "guidance", as far as the method has
-        them, the config's values in the place of None."""
+        them, the config's values in the place of None.
+
+        Raises:
+            UserError: it cannot draw so, for instance in so many steps.
+        """
         return {}
 
     def learn(self, batch: ImageBatch) -> dict[str, Tensor]:

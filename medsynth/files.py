@@ -18,11 +18,27 @@ def write_whole(path: Path, text: str) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    if path.is_file() and path.read_bytes() == text.encode():
+    put_whole(path, text.encode())
+
+
+def put_whole(path: Path, content: bytes) -> None:
+    """`write_whole` of bytes; when it returns they are on the disk, whatever becomes of the machine.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    if path.is_file() and path.read_bytes() == content:
         return
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
+    try:
+        with beside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)  # where there is no room for it, its beginning takes none
+    sync(path.parent)
 
 
 def sha256_of(path: Path) -> str:

@@ -41,6 +41,7 @@ ARROWS = {
     "jobs/tracking": (),
     "jobs/cluster": ("jobs.run",),
     "jobs/report": ("jobs.run", "jobs.tracking"),
+    "jobs/drawing": ("jobs.run", "lightning_modules", "datamodules", "callbacks", "metrics"),
     "jobs": ("lightning_modules", "datamodules", "callbacks", "metrics", "jobs"),
 }  # fmt: skip
 ROOMS = ("lightning_modules", "datamodules", "metrics", "callbacks", "jobs")

@@ -46,3 +46,5 @@ def test_it_draws_what_it_drew(earlier):
     for name in ("000000.png", "000001.png"):
         before, now = (np.asarray(Image.open(earlier / folder / name)).astype(int) for folder in ("pictures", "again"))
         assert np.abs(before - now).max() <= 1
+    result = CliRunner().invoke(sample, [*arguments[:-1], "pictures", "--checkpoint", "last", "--device", "cpu"])
+    assert "pictures/000000.png was made by an earlier version" in str(result.exception)

@@ -92,14 +92,6 @@ def write_config(config: DictConfig) -> None:
         raise UserError(f"run_dir={run_dir} cannot be written: {error.strerror}") from None
 
 
-def read_config(run_dir: Path) -> DictConfig:
-    """The config of a run; raises UserError where this is no run directory."""
-    path = Path(run_dir) / CONFIG_FILE
-    if not path.is_file():
-        raise UserError(f"{run_dir} is no run directory: it has no {CONFIG_FILE}")
-    return load_config([path])
-
-
 def require_same_split(data: ImageDataModule, run_dir: Path) -> None:
     """Refuse to go on with a run whose training pictures would now validate.
 
@@ -133,6 +125,22 @@ def load_run(run_dir: Path, checkpoint: str = "best") -> tuple[GenerativeModule,
     module.configure_model()
     load_weights(module, find_checkpoint(run_dir, checkpoint))
     return module.eval(), config
+
+
+def read_config(run_dir: Path) -> DictConfig:
+    """The resolved config of a run; raises UserError where this is no run directory."""
+    path = Path(run_dir) / CONFIG_FILE
+    if not path.is_file():
+        raise UserError(f"{run_dir} is no run directory: it has no {CONFIG_FILE}")
+    return load_config([path])
+
+
+def mask_levels(run_dir: Path) -> list[int] | None:
+    """The grey values of the masks that a run was trained with; None where they were many, or nobody noted them."""
+    try:
+        return json.loads((Path(run_dir) / "split.json").read_text(encoding="utf-8")).get("mask_levels")
+    except (OSError, ValueError):
+        return None
 
 
 def class_names(run_dir: Path) -> list[str]:

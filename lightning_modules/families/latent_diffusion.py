@@ -266,6 +266,8 @@ class LatentDiffusion(GenerativeModule):
 
     def sampling(self, steps: int | None = None, guidance: float | None = None) -> dict[str, Any]:
         sampler = self.config.sampler
+        if steps is not None:
+            self.config.require_steps("--steps", steps)
         return {"sampler": sampler.name, "steps": steps or sampler.steps, "guidance": self._guidance(guidance)}
 
     def guided_context(self, conditions: Conditions, guidance: float | None = None) -> Context:

@@ -172,7 +172,7 @@ def test_one_prompt_several_times_and_the_run_s_own_prompts(run, prompts, tmp_pa
     from jobs.run.folder import build_source
 
     medsynth("sample", run, "--prompt", "Generate an image with 1 polyp.", "--count", 2, "--out", tmp_path / "one")
-    texts = [Image.open(path).info for path in sorted((tmp_path / "one").iterdir())]
+    texts = [Image.open(path).info for path in sorted((tmp_path / "one").glob("*.png"))]
     assert [(text["prompt"], text["row"]) for text in texts] == [
         ("Generate an image with 1 polyp.", row) for row in "01"
     ]

@@ -106,6 +106,11 @@ def test_sample_gives_pictures_in_range(method, phantoms):
     assert images.max() <= 1
     assert images.std() > 1e-4, "all one colour: nothing was drawn"
     assert not torch.allclose(images[0], images[1])
+    if module.supports.negatives:
+        away = dataclasses.replace(asked(config, module), negatives=["blurred", "", ""])
+        led = module.sample(away, [1, 2, 3])
+        assert not torch.equal(led[0], images[0])
+        torch.testing.assert_close(led[1:], images[1:], atol=1e-5, rtol=0)
 
 
 @METHOD

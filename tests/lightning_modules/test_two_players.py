@@ -141,6 +141,8 @@ REFUSED = {
     ("--labels", "midl"): "--labels: there is no class midl; did you mean mild?",
     ("--labels", "2"): "--labels: there is no class 2; there are mild, normal",
     ("--prompt", "a polyp"): "run: two_players draws for labels, not for captions",
+    ("--labels", "mild", "--steps", "3"): "--steps: TwoPlayers draws without steps",
+    ("--labels", "mild", "--negative", "a"): "--negative: run: two_players is led away from no words",
 }
 
 
