@@ -25,7 +25,8 @@ def check_machine(hardware: Any) -> None:
         raise UserError(f"hardware.accelerator={kind}: torch finds none here; set it to cpu or auto")
     if (gpus or apple) and hardware.devices > (gpus or 1):
         raise UserError(f"hardware.devices={hardware.devices}: this machine has {gpus or 1}; set it to that or less")
-    if precision == "16-mixed" and not gpus and not apple:
+    if precision == "16-mixed" and hardware.strategy in ("auto", "ddp") and not gpus and not apple:
+        # Lightning would take bf16 without a word; fsdp casts by itself, and truly to float16.
         raise UserError("hardware.precision=16-mixed: a CPU does not train so; set it to 32-true or bf16-mixed")
     if precision == "bf16-mixed" and gpus and not torch.cuda.is_bf16_supported(including_emulation=False):
         name = torch.cuda.get_device_name()

@@ -360,13 +360,13 @@ def test_a_method_that_learns_from_pictures_has_no_latents(phantom, tmp_path):
 def test_a_machine_that_is_not_there_is_named(phantom, tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    with pytest.raises(UserError, match="hardware: "):
+    with pytest.raises(UserError, match="hardware.accelerator=gpu: torch finds none here"):
         encode(tiny("stable_diffusion", phantom, "hardware.accelerator=gpu"), tmp_path / "latents")
 
 
 def test_a_folder_that_cannot_be_written_is_named(phantom, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"--out: .*file/latents.* cannot be written"):
+    with pytest.raises(UserError, match=r"--out=.*file/latents cannot be written"):
         encode(tiny("stable_diffusion", phantom), tmp_path / "file/latents")
 
 
