@@ -70,12 +70,20 @@ def run(command: str | None = None) -> None:
         run_command(lambda: _command(command), f"medsynth {command}")
 
 
+def _wait_briefly() -> None:
+    """Have OpenMP's threads spin for microseconds, not milliseconds, until there is work again.
+
+    While they spin they take the processor from whoever works; threads that sleep at once wake up too late. It is read
+    when torch is imported.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+
+
 def run_command(command: click.Command | Callable[[], click.Command], name: str) -> None:
     """Run a click command, or what gives one. A user's mistake is one line on standard error and exit code 2; Ctrl-C
     ends it with 130, without a traceback."""
-    # Else threads that wait for an operation spin, and take the processor from whoever works. It is read when torch is
-    # imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    _wait_briefly()
     try:
         found = command if isinstance(command, click.Command) else command()
         found.main(prog_name=name, standalone_mode=False)
