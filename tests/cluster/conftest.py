@@ -19,11 +19,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="every disturbance by every launcher, in tests/cluster")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Real training first: what is long must not be left to one of two processes at the end."""
-    items.sort(key=lambda item: "folders" not in getattr(item, "fixturenames", ()))
-
-
 @pytest.fixture(scope="session")
 def whole_matrix(pytestconfig) -> bool:
     """Whether each launcher is to meet every disturbance; tests/cluster/__init__.py says which it meets otherwise."""

@@ -51,6 +51,8 @@ SelectTypeParameters=CR_Core
 MpiDefault=none
 SlurmdParameters=config_overrides
 SlurmdTimeout=300
+# A message that a busy machine answers too late is sent again, a minute later: to end a start it then ends the next one.
+MessageTimeout=60
 SchedulerParameters=sched_interval=2,sched_min_interval=0,bf_interval=2
 InactiveLimit=0
 KillWait=20
