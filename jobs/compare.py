@@ -4,17 +4,12 @@ from pathlib import Path
 
 import click
 
-from jobs.tracking.server import DEFAULT_EXPERIMENT
+from jobs.report import options
 
 
 @click.command()
-@click.option("--experiment", metavar="NAME", default=DEFAULT_EXPERIMENT, show_default=True, help="MLflow experiment.")
-@click.option(
-    "--tracking-uri",
-    metavar="URI",
-    show_default="$MLFLOW_TRACKING_URI, else sqlite:///mlruns.db",
-    help="MLflow server (http://…) or database.",
-)
+@options.experiment
+@options.tracking_uri
 @click.option(
     "--runs", metavar="RUN", multiple=True, show_default="all", help="Only this run, by name or id; repeatable."
 )

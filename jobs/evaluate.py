@@ -166,13 +166,14 @@ class _Folder:
         window: tuple[float, float] | None = None,
     ):  # fmt: skip
         from datamodules.files.images import SUFFIXES
-        from datamodules.files.walk import PictureFolder, not_read
+        from datamodules.files.walk import PictureFolder, not_read, walk
         from jobs.drawing.listed import control_folders
 
         if not folder.is_dir():
             raise UserError(f"there is no folder {folder}")
-        found = PictureFolder(folder, dicom=True)
-        steered = control_folders(folder)
+        names = walk(folder)
+        found = PictureFolder(folder, dicom=True, files=names)
+        steered = control_folders(folder, names)
         paths = (folder / name for name in found.names())
         self.paths = sorted(path for path in paths if steered.isdisjoint(path.parents))
         self.notes = [f"{folder}: {note}" for note in not_read(found.others)]

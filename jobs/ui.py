@@ -13,7 +13,8 @@ from urllib.parse import urlsplit, urlunsplit
 
 import click
 
-from jobs.tracking.server import DEFAULT_EXPERIMENT, charts_link, is_server, resolve_uri
+from jobs.report import options
+from jobs.tracking.server import charts_link, is_server, resolve_uri
 from medsynth.errors import UserError
 
 _START_SECONDS = 120
@@ -21,13 +22,8 @@ _START_SECONDS = 120
 
 
 @click.command()
-@click.option("--experiment", metavar="NAME", default=DEFAULT_EXPERIMENT, show_default=True, help="MLflow experiment.")
-@click.option(
-    "--tracking-uri",
-    metavar="URI",
-    show_default="$MLFLOW_TRACKING_URI, else sqlite:///mlruns.db",
-    help="MLflow server (http://…) or database.",
-)
+@options.experiment
+@options.tracking_uri
 @click.option(
     "--port", type=click.IntRange(1, 65535), default=5000, show_default=True, help="Where a database is shown."
 )

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from datamodules.files.control_folder import FOLDERS
-from datamodules.files.images import SUFFIXES
+from datamodules.files.walk import PictureFolder
 from jobs.drawing.listed import COLUMNS, MANIFEST, first_line
 from medsynth import __version__
 from medsynth.errors import UserError
@@ -128,19 +128,13 @@ def refuse_strangers(out: Path, expected: Sequence[Path]) -> None:
     if len(known := set(expected)) < len(expected):
         twice = next(path for path in expected if expected.count(path) > 1)
         raise UserError(f"--out: two pictures would be {twice}; give one of the controls another name")
-    for path in _pictures_below(out):
+    for path in (out / name for name in PictureFolder(out).names()):
         if path not in known:
             raise UserError(f"{path} is of another call or not of this command; choose another --out, or remove it")
     manifest, header = out / MANIFEST, ",".join(COLUMNS)
     # One that was cut short is written anew.
     if manifest.exists() and not header.startswith(first_line(manifest)[: len(header)]):
         raise UserError(f"{manifest} is no list of this command's; choose another --out, or remove it")
-
-
-def _pictures_below(folder: Path) -> Iterator[Path]:
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file():
-            yield path
 
 
 def write_manifest(out: Path, pictures: Sequence[Picture], kinds: Sequence[str]) -> None:

@@ -1,5 +1,6 @@
 """`manifest.csv` beside pictures that `medsynth sample` drew, and which folders beside it hold what steered them."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from datamodules.files.control_folder import FOLDERS
@@ -19,10 +20,10 @@ def first_line(manifest: Path) -> str:
         raise UserError(f"{manifest} cannot be read: {error.strerror}") from None
 
 
-def control_folders(root: Path) -> set[Path]:
-    """Folders below `root`, or it, whose pictures steered others: they are no samples."""
+def control_folders(root: Path, names: Iterable[str]) -> set[Path]:
+    """Folders below `root` whose pictures steered others: they are no samples. names: of all files, as `walk` gives."""
     found = set()
-    for manifest in root.rglob(MANIFEST):
+    for manifest in (root / name for name in names if name.rpartition("/")[2] == MANIFEST):
         header = first_line(manifest).split(",")
         if tuple(header[: len(COLUMNS)]) == COLUMNS:
             found |= {manifest.parent / names[0] for kind, names in FOLDERS.items() if kind in header}

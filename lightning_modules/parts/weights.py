@@ -13,6 +13,7 @@ import torch
 
 from lightning_modules.parts.hub_layout import CONFIG, choose, incomplete, weight_files
 from medsynth.errors import UserError
+from medsynth.files import sha256_of
 from medsynth.loading import one_line
 
 RANDOM = "random"
@@ -182,8 +183,7 @@ def file_digests(files: list[Path]) -> list[str]:
 
 @lru_cache(maxsize=1024)
 def _digest_of(file: Path, *stamp: int) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
+    return sha256_of(file)
 
 
 def _hashed(folder: Path) -> list[Path]:

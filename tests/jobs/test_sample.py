@@ -317,6 +317,9 @@ def test_evaluate_leaves_out_what_steered(tmp_path):
     (out / "manifest.csv").write_text(f"{header},mask,method\n")
     names = [path.relative_to(out).as_posix() for path in Scored(tmp_path / "scored", None).paths]
     assert names == ["canny/p.png", "p.png"], "of an own folder canny nothing is said"
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked/elsewhere").symlink_to(out)
+    assert [path.name for path in Scored(tmp_path / "linked", None).paths] == ["p.png", "p.png"], "nor of a linked one"
     (out / "manifest.csv").write_text("file,mask\n")
     assert len(Scored(tmp_path / "scored", None).paths) == 4, "another's list"
 
