@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -183,10 +184,12 @@ class Preemption(Checkpoint):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         trainer.fit_loop.__class__ = _OwingFitLoop
-
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.world_size > 1:  # on the CPU: an agreement must not wait for a GPU's queue
             self._group = torch.distributed.new_group(backend="gloo")
+            self._require_one_run()
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._group is not None:
             self._require_one_checkpoint(trainer.ckpt_path)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -277,13 +280,28 @@ class Preemption(Checkpoint):
             and loop._should_check_val_fx(fetcher)
         )
 
+    def _require_one_run(self) -> None:
+        """Before networks are compared: of a job of several runs, each process has looked for itself which are done."""
+        names = self._gathered(zlib.crc32(str(self._attempts).encode()))
+        for rank, name in enumerate(names):
+            if name != names[0]:
+                raise DifferentCheckpoints(
+                    f"rank 0 goes on with another run than rank {rank}, one of them with {self._attempts.parent}: "
+                    "start again; a shared file system may show a change late"
+                )
+
+    def _gathered(self, number: int) -> list[int]:
+        """The number of each process."""
+        own = torch.tensor([number])
+        numbers = [torch.zeros_like(own) for _ in range(self._group.size())]
+        torch.distributed.all_gather(numbers, own, group=self._group)
+        return [int(each) for each in numbers]
+
     def _require_one_checkpoint(self, path: str | Path | None) -> None:
         """Before any process begins to load a part of one of them, and waits for the others."""
-        own = torch.tensor([read_manifest(path)["global_step"] if path else 0])
-        steps = [torch.zeros_like(own) for _ in range(self._group.size())]
-        torch.distributed.all_gather(steps, own, group=self._group)
-        first = int(steps[0])
-        for rank, step in enumerate(map(int, steps)):
+        steps = self._gathered(read_manifest(path)["global_step"] if path else 0)
+        first = steps[0]
+        for rank, step in enumerate(steps):
             if step != first:
                 raise DifferentCheckpoints(
                     f"rank 0 goes on from step {first}, rank {rank} from step {step}: run_dir must be one folder for "

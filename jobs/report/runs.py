@@ -36,6 +36,10 @@ BETTER: dict[str, Callable] = {
 }
 
 
+STUDY_TAG = "medsynth.study"
+"""Of a run in MLflow that stands for a whole study; its runs are below it."""
+
+
 @dataclass
 class Run:
     """What is compared of one MLflow run."""
@@ -118,6 +122,7 @@ def load_runs(
             )
         records += page
         token = page.token
+    records = [record for record in records if STUDY_TAG not in record.data.tags]
     named = [record for record in records if not wanted or {record.info.run_id, record.info.run_name} & set(wanted)]
     known = {name for record in records for name in (record.info.run_id, record.info.run_name)}
     for name in wanted:
@@ -129,7 +134,7 @@ def load_runs(
 def _load_run(client: "MlflowClient", record: "Record", colour: str, training: bool) -> Run:
     metrics = record.data.metrics
     history = {
-        key: sorted((point.step, _value(point.value)) for point in client.get_metric_history(record.info.run_id, key))
+        key: sorted((point.step, stored(point.value)) for point in client.get_metric_history(record.info.run_id, key))
         for key in metrics
         if better(key) and (training or not key.startswith("train/"))
     }
@@ -151,6 +156,6 @@ def _colour(index: int) -> str:
     return "#" + "".join(f"{round(255 * channel):02x}" for channel in rgb)
 
 
-def _value(value: float) -> float:
-    """Databases hold an infinity as the largest float."""
+def stored(value: float) -> float:
+    """A value as it was logged: databases hold an infinity as the largest float."""
     return math.copysign(math.inf, value) if abs(value) >= sys.float_info.max else value

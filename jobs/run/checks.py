@@ -62,16 +62,22 @@ def check_monitor(config: DictConfig, losses: Sequence[str] = (), any_of_trainin
 
     losses: their names, once they are known; until then any passes. any_of_training: training logs others besides.
     """
-    monitor = config.checkpoint.monitor
-    kind = monitor.partition("/")[0]
+    check_logged(config, "checkpoint.monitor", config.checkpoint.monitor, losses, any_of_training)
+
+
+def check_logged(
+    config: DictConfig, key: str, metric: str, losses: Sequence[str] = (), any_of_training: bool = False
+) -> None:
+    """`check_monitor` of a value that `key` names."""
+    kind = metric.partition("/")[0]
     if (kind in ("train", "val") and not losses) or (kind == "train" and any_of_training):
         return
     known = [f"{kind}/{name}" for kind in ("val", "train") for name in losses or ["loss"]]
     evaluation: Any = OmegaConf.to_object(config.evaluation)
     known += [*evaluation.names(), "throughput/images_per_second"]
-    if monitor not in known:
+    if metric not in known:
         scored = "" if config.evaluation.images else " with evaluation.images=0"
-        raise UserError(f"checkpoint.monitor={monitor}: this run logs no such value{scored}{nearest(monitor, known)}")
+        raise UserError(f"{key}={metric}: this run logs no such value{scored}{nearest(metric, known)}")
 
 
 def accumulation(config: DictConfig) -> int:

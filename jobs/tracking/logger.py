@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
-from jobs.tracking.sender import Sender, SenderThread
+from jobs.tracking.sender import PARENT, Sender, SenderThread
 from jobs.tracking.server import (
     DEFAULT_EXPERIMENT,
     PARAM_LENGTH,
@@ -36,7 +36,7 @@ from jobs.tracking.server import (
     sqlite_path,
     valid_key,
 )
-from jobs.tracking.spool import Spool, milliseconds, read_run_id
+from jobs.tracking.spool import Spool, milliseconds, read_identity, read_run_id
 from medsynth.errors import UserError
 from medsynth.ranges import number
 
@@ -56,6 +56,8 @@ class TrackingConfig:
     """MLflow experiment; made where it does not exist."""
     run_name: Optional[str] = None
     """The run's name in MLflow; null takes the name the job gives, else that of the run directory."""
+    parent: Optional[str] = None
+    """Folder of the study that this run is a part of; MLflow shows the run below the study's."""
     timeout_seconds: float = number(30.0, least=0)
     """How long the end of a run waits for an unreachable server, seconds."""
 
@@ -171,6 +173,8 @@ class RunTracker(Logger):
         spool = Spool(self.run_dir)
         made = {"key": uuid.uuid4().hex, "run_id": None, "started": milliseconds()}
         now = {"tracking_uri": public_uri(self.uri), "experiment": self.name, "run_name": self._run_name}
+        parent = read_identity(self.config.parent) if self.config.parent else {}
+        now |= {"parent": {key: parent[key] for key in PARENT if key in parent}} if parent else {}
         spool.save("run.json", made | spool.load("run.json") | now)
         spool.append("status", status="RUNNING")
         import_mlflow()  # here, not in the thread: a worker forked during an import would inherit its lock, and hang

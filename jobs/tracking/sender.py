@@ -19,6 +19,9 @@ if TYPE_CHECKING:  # importing MLflow costs seconds
 
 _log = logging.getLogger(__name__)
 
+PARENT = ("key", "experiment", "run_name", "started")
+"""What of a study's tracking/run.json is enough to find its run in MLflow, or to make it."""
+
 
 class Sender:
     """Brings the spool to MLflow, each point once, in order.
@@ -105,6 +108,8 @@ class Sender:
         if found := client.search_runs([experiment], f"tags.`{tag}` = '{identity['key']}'", max_results=1):
             return found[0]
         tags = {tag: identity["key"]}
+        if parent := identity.get("parent"):
+            tags["mlflow.parentRunId"] = self._new_run(client, parent).info.run_id  # whoever of them comes first
         return client.create_run(experiment, identity["started"], tags, identity["run_name"])
 
     def _experiment(self, client: "MlflowClient", name: str) -> str:

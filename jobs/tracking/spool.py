@@ -26,11 +26,27 @@ LANES = {"records": ("metrics", "param", "tag", "status"), "files": ("image", "a
 """The lanes that events are sent in, and the kinds of events in each."""
 
 
+def read_identity(run_dir: str | Path) -> dict[str, Any]:
+    """What tracking/run.json says of a run directory; empty where there is none."""
+    with suppress(FileNotFoundError, json.JSONDecodeError):
+        return json.loads((Path(run_dir) / "tracking" / "run.json").read_text())
+    return {}
+
+
 def read_run_id(run_dir: str | Path) -> str | None:
     """The id of the MLflow run of a run directory; None where MLflow has not been reached, or nothing logged."""
     with suppress(FileNotFoundError):
         return json.loads((Path(run_dir) / "tracking" / "run.json").read_text())["run_id"]
     return None
+
+
+def read_events(run_dir: str | Path) -> Iterator[dict[str, Any]]:
+    """What a run directory has recorded, oldest first, damaged lines left out; nothing where it has no record."""
+    with suppress(FileNotFoundError), (Path(run_dir) / "tracking" / "events.jsonl").open("rb") as file:
+        for line in file:
+            event = _event(line)
+            if event["kind"]:
+                yield event
 
 
 class Spool:
