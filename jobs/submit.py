@@ -21,10 +21,11 @@ from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
+from jobs.run.sources import has_stages
 from medsynth.errors import UserError
 from medsynth.exit_codes import NO_PROGRESS, PREEMPTED, USER_ERROR
 from medsynth.files import write_whole
@@ -40,6 +41,7 @@ SIGNAL_SECONDS = 300
 # How often a job may be requeued is not submitit's to say: training ends by itself where it makes no progress.
 _REQUEUES = 1_000_000
 _CPUS_PER_GPU = 8
+_ON_CPUS = ["hardware.accelerator=cpu", "hardware.precision=32-true"]
 
 
 @click.command()
@@ -75,40 +77,73 @@ def main(
         raise UserError("--image is for kubernetes; the image of Slurm's jobs stands in slurm/site.env")
     site = read_site() if cluster == "slurm" else {}
     minutes = parse_minutes(limit)
-    resolved = load_for_job(cluster, config, nodes, gpus, on_cpus=site.get("CPU") == "1")
+    submission = load_for_job(cluster, config, nodes, gpus, on_cpus=site.get("CPU") == "1")
     os.environ |= site  # sbatch reads SBATCH_… there, and hands all of it to the job
-    executor = make_executor(cluster, resolved, minutes, site)
+    executor = make_executor(cluster, submission.config, minutes, site)
     if dry_run:
-        _print_submission(executor, resolved)
+        _print_submission(executor, submission.text)
         return
-    sys.exit(submit(executor, resolved, watch))
+    sys.exit(submit(executor, submission, watch))
+
+
+class Submission(NamedTuple):
+    """What travels: a config, or the stages of one job."""
+
+    config: "DictConfig"
+    """The run's; of stages the first's, with the folder of all of them as its run_dir."""
+    text: str
+    """The whole as one YAML file."""
+    runs: "list[DictConfig]"
 
 
 def load_for_job(
     cluster: str, arguments: Sequence[str], nodes: int | None, gpus: int | None, on_cpus: bool = False
-) -> "DictConfig":
-    """The resolved config of `arguments` on that many machines and processes a machine.
+) -> Submission:
+    """The resolved config of `arguments`, or stages, on that many machines and processes a machine.
 
     Raises:
         UserError: as `jobs.run.config.load_config`, or the method does not train so.
     """
-    from jobs.cluster.kubernetes import load_for_pods
-    from jobs.run.config import load_arguments, load_for_nodes
-
-    if cluster == "local":
-        given = {"nodes": nodes, "devices": gpus}
-        settings = [f"hardware.{key}={value}" for key, value in given.items() if value is not None]
-        config = load_arguments([*arguments, *settings])
-    elif cluster == "kubernetes":
-        config = load_for_pods(arguments, nodes, gpus)
-    else:
-        settings = ["hardware.accelerator=cpu", "hardware.precision=32-true"] if on_cpus else []
-        config = load_for_nodes([*arguments, *settings], nodes, gpus)
+    load = _load_stages if has_stages(arguments) else _load_run
+    submission = load(cluster, arguments, nodes, gpus, on_cpus)
     from jobs.run.folder import build_module  # after the config, whose mistakes need no torch
     from jobs.train import check_support
 
-    check_support(config, build_module(config))
-    return config
+    for config in submission.runs:
+        check_support(config, build_module(config))
+    return submission
+
+
+def _load_run(cluster: str, arguments: Sequence[str], nodes: int | None, gpus: int | None, on_cpus: bool) -> Submission:
+    from jobs.cluster.kubernetes import load_for_pods
+    from jobs.run.config import load_arguments, load_for_nodes, to_yaml
+
+    if cluster == "local":
+        config = load_arguments([*arguments, *_hardware(nodes, gpus)])
+    elif cluster == "kubernetes":
+        config = load_for_pods(arguments, nodes, gpus)
+    else:
+        config = load_for_nodes([*arguments, *(_ON_CPUS if on_cpus else [])], nodes, gpus)
+    return Submission(config, to_yaml(config), [config])
+
+
+def _load_stages(
+    cluster: str, arguments: Sequence[str], nodes: int | None, gpus: int | None, on_cpus: bool
+) -> Submission:
+    """All stages on the same machines; what their batches do not divide among is refused."""
+    from jobs.cluster.kubernetes import GRACE
+    from jobs.run.config import GPU_NODE
+    from jobs.study.job import read_job
+
+    first = [GRACE] if cluster == "kubernetes" else []
+    settings = [*_hardware(nodes, gpus), *(_ON_CPUS if on_cpus else [])]
+    job = read_job([*first, *arguments, *settings], () if cluster == "local" else [str(GPU_NODE)])
+    return Submission(job.launched, job.to_yaml(), job.configs)
+
+
+def _hardware(nodes: int | None, gpus: int | None) -> list[str]:
+    given = {"nodes": nodes, "devices": gpus}
+    return [f"hardware.{key}={value}" for key, value in given.items() if value is not None]
 
 
 def read_site() -> dict[str, str]:
@@ -203,15 +238,16 @@ def _gpus(hardware: Any) -> int:
     return 0 if hardware.accelerator == "cpu" else hardware.devices
 
 
-def submit(executor: "Executor", config: "DictConfig", watch: bool) -> int:
+def submit(executor: "Executor", submission: Submission, watch: bool) -> int:
     """Submit the run, say where it is, and with `watch` follow it; the exit code, 0 for a job that was left alone."""
     from submitit.core.utils import FailedJobError
 
     from jobs.run.folder import write_config
     from jobs.tracking.server import ui_command
 
-    write_config(config)  # refuses a run_dir that holds another run
-    path = _write_submission(config)
+    for run in submission.runs:
+        write_config(run)  # refuses a run_dir that holds another run
+    config, path = submission.config, _write_submission(submission)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a local job outlives the terminal, as one of Slurm does
     try:
         job = executor.submit(TrainJob(path))
@@ -226,12 +262,10 @@ def submit(executor: "Executor", config: "DictConfig", watch: bool) -> int:
     return _follow(job) if watch else 0
 
 
-def _write_submission(config: "DictConfig") -> Path:
-    from jobs.run.config import to_yaml
-
-    path = Path(config.run_dir).absolute() / f"submit/{datetime.now():%Y%m%d-%H%M%S-%f}.yaml"
+def _write_submission(submission: Submission) -> Path:
+    path = Path(submission.config.run_dir).absolute() / f"submit/{datetime.now():%Y%m%d-%H%M%S-%f}.yaml"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(to_yaml(config))
+    path.write_text(submission.text)
     return path
 
 
@@ -270,10 +304,9 @@ class TrainJob:
 
     def _train(self) -> int:
         try:  # a signal may come while these are imported
-            from jobs.run.config import load_config
-            from jobs.train import train
+            from jobs.train import train_file
 
-            train(load_config([self.config]))
+            train_file(self.config)
         except UserError as error:
             click.echo(f"medsynth: {error}", err=True)
             return error.exit_code
@@ -339,22 +372,20 @@ def _has_ended(job: "Job[Any]") -> bool:
     return _ENDED.fullmatch(_slurm_state(job.job_id)) is not None
 
 
-def _print_submission(executor: "Executor", config: "DictConfig") -> None:
+def _print_submission(executor: "Executor", text: str) -> None:
     import submitit
-
-    from jobs.run.config import to_yaml
 
     if isinstance(executor, submitit.SlurmExecutor):
         click.echo(executor._make_submission_file_text(executor._submitit_command_str, "CONFIG"))
-    click.echo(to_yaml(config), nl=False)
+    click.echo(text, nl=False)
 
 
-def _submit_to_kubernetes(config: "DictConfig", image: str | None, watch: bool, dry_run: bool) -> None:
+def _submit_to_kubernetes(submission: Submission, image: str | None, watch: bool, dry_run: bool) -> None:
     from jobs.cluster.kubernetes import IMAGE, apply, render
 
     if watch:
         raise UserError("--watch: kubectl logs --follow does that for --cluster kubernetes")
-    manifest = render(config, image=image or IMAGE)
+    manifest = render(submission.config, image=image or IMAGE, text=submission.text, runs=submission.runs)
     if dry_run:
         click.echo(manifest, nl=False)
     else:

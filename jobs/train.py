@@ -1,18 +1,18 @@
 """`medsynth train`: one run from its config, begun or resumed."""
 
-import os
 import shutil
 import signal
 import sys
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from jobs.run.sources import has_stages, is_staged
 from medsynth.errors import UserError
+from medsynth.loading import one_line
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, Trainer
@@ -45,8 +45,11 @@ def main(config: tuple[str, ...], print_only: bool, keys: str | None) -> None:
     """Train a method.
 
     CONFIG are YAML files, merged in order; KEY=VALUE settings come last, for instance train.max_steps=1000. The same
-    run_dir again resumes the run where it was left.
+    run_dir again resumes the run where it was left. A file with `stages` trains its stages one after the other.
     """
+    if keys is None and has_stages(config):
+        _train_stages(config, print_only)
+        return
     from jobs.run.checks import check_monitor
     from jobs.run.config import load_arguments, to_yaml
 
@@ -58,6 +61,26 @@ def main(config: tuple[str, ...], print_only: bool, keys: str | None) -> None:
         _list_keys(resolved, keys)
     else:
         train(resolved)
+
+
+def train_file(path: Path) -> None:
+    """Train what one file says, a run or a job of stages; as `train`."""
+    from jobs.run.config import load_config
+
+    if is_staged(path):
+        _train_stages([str(path)], print_only=False)
+    else:
+        train(load_config([path]))
+
+
+def _train_stages(arguments: Sequence[str], print_only: bool) -> None:
+    from jobs.study.job import read_job, train_job
+
+    job = read_job(arguments)
+    if print_only:
+        click.echo(job.to_yaml(), nl=False)
+    else:
+        train_job(job, train)
 
 
 def _list_keys(config: "DictConfig", form: str) -> None:
@@ -89,11 +112,12 @@ def _train(config: "DictConfig", request: "StopRequest") -> "Trainer":
     from jobs.run.config import instantiate
     from jobs.run.folder import build_data, refuse_another_run, require_same_split, write_config
     from jobs.run.pretrained import record
+    from jobs.run.process import set_up_process
     from jobs.tracking.facts import run_facts
     from jobs.tracking.logger import RunTracker
     from medsynth.owner import Owner
 
-    _set_up_process(config)
+    set_up_process(config.hardware)
     module = _plan_module(config)
     run_dir = Path(config.run_dir)
     evaluation, preemption = _make_callbacks(config, request)
@@ -121,20 +145,6 @@ def _train(config: "DictConfig", request: "StopRequest") -> "Trainer":
                 _export(_whole(module, trainer, config), run_dir, tracker)
         tracker.finalize("success")
     return trainer
-
-
-def _set_up_process(config: "DictConfig") -> None:
-    """What holds for the whole process: its threads, and which warnings are worth reading."""
-    import torch
-
-    from jobs.run.strategies import check_machine
-
-    _quieten()
-    check_machine(config.hardware)
-    if config.hardware.accelerator == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, which saving imports, would warn of no GPU
-    if config.hardware.threads:
-        torch.set_num_threads(config.hardware.threads)
 
 
 def _plan_module(config: "DictConfig") -> "GenerativeModule":
@@ -216,7 +226,8 @@ def _ending(tracker: "RunTracker") -> Iterator[None]:
     except SystemExit:  # Lightning's answer to Ctrl-C, and Preempted
         tracker.finalize("interrupted")
         raise
-    except BaseException:
+    except BaseException as error:
+        tracker.set_tags({"failure": one_line(error)})
         tracker.finalize("failed")
         raise
 
@@ -366,30 +377,6 @@ def _log_run(
             "parameters.frozen": str(frozen),
         }
     )
-
-
-def _quieten() -> None:
-    """Silence what libraries say of things that are settled here."""
-    import logging
-
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
-        logging.getLogger(f"lightning.pytorch.{name}").setLevel(logging.WARNING)
-    for message in (
-        ".*does not have many workers.*",
-        ".*weights_only.*",  # DurableCheckpointIO never unpickles code
-        ".*isinstance.treespec.*",
-        ".*smaller than the logging interval.*",
-        ".*found .* module.s. in eval mode.*",
-        ".*It is recommended to use .self.log.*sync_dist=True.*",  # what is logged so is the same in all processes
-        ".*have overridden `transfer_batch_to_device`.*",
-        ".*DeepSpeed handles gradient clipping internally.*",
-        ".*`srun` command is available.*",
-        ".*`broadcast_buffers` is deprecated.*",  # the name that takes its place is not in every torch we run with
-    ):
-        warnings.filterwarnings("ignore", message)
 
 
 if __name__ == "__main__":

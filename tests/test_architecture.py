@@ -41,6 +41,7 @@ ARROWS = {
     "jobs/tracking": (),
     "jobs/cluster": ("jobs.run",),
     "jobs/report": ("jobs.run", "jobs.tracking"),
+    "jobs/study": ("jobs.run", "jobs.report", "jobs.tracking", "jobs.cluster", "callbacks"),
     "jobs/drawing": ("jobs.run", "lightning_modules", "datamodules", "callbacks", "metrics"),
     "jobs": ("lightning_modules", "datamodules", "callbacks", "metrics", "jobs"),
 }  # fmt: skip
@@ -52,7 +53,7 @@ OUTSIDE = {
 }
 FREE = {"metrics": {"lightning", "diffusers"}}
 CONFIGS = sorted(p.relative_to(REPOSITORY) for p in (REPOSITORY / "configs").rglob("*.yaml"))
-RUNS = [p for p in CONFIGS if not {"hardware", "sweeps"} & set(p.parts)]
+RUNS = [p for p in CONFIGS if not {"hardware", "sweeps", "stages"} & set(p.parts)]
 SOURCES = sorted(p.relative_to(REPOSITORY) for room in (*ROOMS, "medsynth") for p in (REPOSITORY / room).rglob("*.py"))
 
 

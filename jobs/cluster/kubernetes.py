@@ -23,7 +23,8 @@ IMAGE = f"medsynth:{__version__}"
 # Of a pod, for each GPU; the smallest usual nodes of 8 have 96 CPUs and 680 GB.
 _CPUS, _MEMORY_GIB, _SHM_GIB = 10, 64, 8
 # A checkpoint of several GB may go to a slow volume.
-_GRACE = "preemption.grace_seconds=540"
+GRACE = "preemption.grace_seconds=540"
+"""What lies under the settings of a run in pods."""
 # Presets that were shrunk to a CPU are no training at full size.
 _SMALL = re.compile("_cpu(_|$)")
 
@@ -40,13 +41,21 @@ def manifest_path(preset: Path) -> Path:
 
 def load_for_pods(arguments: Sequence[str], nodes: int | None = None, gpus: int | None = None) -> DictConfig:
     """`load_for_nodes` of a run on `nodes` pods of `gpus` processes, which have a longer time to save."""
-    return load_for_nodes([_GRACE, *arguments], nodes, gpus)
+    return load_for_nodes([GRACE, *arguments], nodes, gpus)
 
 
-def render(config: DictConfig, *, name: str | None = None, image: str = IMAGE) -> str:
+def render(
+    config: DictConfig,
+    *,
+    name: str | None = None,
+    image: str = IMAGE,
+    text: str | None = None,
+    runs: Sequence[DictConfig] = (),
+) -> str:
     """The manifest of a run: `hardware.nodes` pods of `hardware.devices` processes, as YAML of several objects.
 
-    name: of the Job and all that is its own; by default that of the run directory, and "-train".
+    name: of the Job and all that is its own; by default that of the run directory, and "-train". text, runs: of a job
+    of stages, the file of all of them and their configs.
 
     Raises:
         UserError: `name` cannot name a Kubernetes object.
@@ -56,18 +65,20 @@ def render(config: DictConfig, *, name: str | None = None, image: str = IMAGE) -
         loader=PackageLoader("jobs.cluster", "."), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     ).get_template("kubernetes.yaml.jinja")
     return template.render(
-        name=_object_name(name or f"{Path(config.run_dir).name}-train"),
+        name=object_name(name or f"{Path(config.run_dir).name}-train"),
         image=image,
         version=__version__,
-        method=config.method,
-        config=to_yaml(config),
+        method=", then ".join(run.method for run in runs or [config]),
+        config=text or to_yaml(config),
         nodes=hardware.nodes,
         processes=hardware.devices,
         on_gpus=hardware.accelerator != "cpu",
         cpus=_CPUS * hardware.devices,
         memory=_MEMORY_GIB * hardware.devices,
         shm=_SHM_GIB * hardware.devices,
-        data_read_only="class_folder" not in config.data,  # where class pictures are drawn into
+        data_read_only=not any(
+            "class_folder" in run.data for run in runs or [config]
+        ),  # class pictures are drawn there
         grace=math.ceil(config.preemption.grace_seconds),
         port=29500,
         restarts=3,
@@ -96,8 +107,12 @@ def manifests() -> Iterator[tuple[Path, str]]:
         yield manifest_path(preset), render(load_for_pods([str(preset)]), name=f"{preset.stem}-train")
 
 
-def _object_name(name: str) -> str:
-    """`name` as a label of DNS, the form of the names of Services."""
+def object_name(name: str) -> str:
+    """`name` as a label of DNS, the form of the names of Services.
+
+    Raises:
+        UserError: it cannot be one.
+    """
     label = re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
     # Pods add "-" and their index.
     if not label or not label[0].isalpha() or len(label) > 58:

@@ -4,7 +4,7 @@ YAML would make 2026_11_26 a number, 1:30 ninety and `no` false. Here a value st
 null, and is what the key's type makes of it when the config is merged.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,16 @@ def read_setting(argument: str, texts: Mapping[str, bool] | None = None) -> Dict
 def is_setting(argument: str) -> bool:
     """Whether a command's argument is KEY=VALUE, and not the path of a config file."""
     return "=" in argument and not (argument.endswith((".yaml", ".yml")) and Path(argument).is_file())
+
+
+def has_stages(arguments: Sequence[str]) -> bool:
+    """Whether one of a command's arguments is a file of stages, and not of one run's keys."""
+    return any(is_staged(Path(argument)) for argument in arguments if not is_setting(argument))
+
+
+def is_staged(path: Path) -> bool:
+    """Whether a config file has `stages` at its top; False where there is no such file."""
+    return path.is_file() and "stages" in read_file(path)
 
 
 def _said(node: yaml.Node | None) -> Any:

@@ -10,9 +10,10 @@ import pytest
 from click.testing import CliRunner
 
 from jobs.run.config import load_config
+from jobs.study.read import Point, Stage, read_study
+from jobs.study.slurm import script_of
 from jobs.submit import SIGNAL_SECONDS, load_for_job, make_executor, parse_minutes
-from jobs.sweep import main as print_runs
-from jobs.sweep import read_sweep
+from jobs.sweep import main
 from medsynth.errors import UserError
 from tests.conftest import REPOSITORY
 
@@ -49,20 +50,27 @@ def test_every_script_survives_alike(preset):
 
 
 @pytest.mark.parametrize("sweep", sorted((CONFIGS / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_run_of_a_sweep_is_one(sweep):
-    config, runs = read_sweep(sweep)
-    assert (REPOSITORY / f"slurm/{Path(config).stem}.sh").is_file()
-    folders = {load_config([REPOSITORY / config], settings).run_dir for settings in runs}
-    assert len(folders) == len(runs) > 1
+def test_every_stage_of_a_sweep_has_a_script(sweep, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    for stage in read_study(sweep).stages:
+        if Path(stage.files[0]).is_file():
+            assert Path(script_of(stage)).is_file()
+
+
+def test_a_stage_without_a_script_is_named(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    for files in (("configs/tiny/msdm.yaml",), ("configs/none.yaml",), ()):
+        with pytest.raises(UserError, match="stage a: no script of slurm/ trains"):
+            script_of(Stage("a", files, (), (Point(""),)))
 
 
 @pytest.mark.parametrize("text", ["", "config: a.yaml", "grid: {seed: [0]}", "config: a.yaml\ngrid: {seed: 0}", "- 1"])
 def test_what_is_no_sweep_is_named(tmp_path, text):
     (tmp_path / "sweep.yaml").write_text(text)
-    with pytest.raises(UserError, match=r"sweep\.yaml is no sweep"):
-        read_sweep(tmp_path / "sweep.yaml")
+    with pytest.raises(UserError, match=r"sweep\.yaml (is no sweep|holds no keys)"):
+        read_study(tmp_path / "sweep.yaml")
     with pytest.raises(UserError, match="there is no sweep"):
-        read_sweep(tmp_path / "none.yaml")
+        read_study(tmp_path / "none.yaml")
 
 
 @pytest.mark.parametrize(
@@ -80,7 +88,7 @@ def test_another_time_limit_is_refused(limit):
 
 def test_a_submitted_run_that_hangs_is_ended_before_the_limit_it_is_warned_of():
     for cluster in ("slurm", "local"):
-        config = load_for_job(cluster, [str(CONFIGS / "msdm.yaml")], nodes=1, gpus=None)
+        config = load_for_job(cluster, [str(CONFIGS / "msdm.yaml")], nodes=1, gpus=None).config
         assert config.preemption.grace_seconds < SIGNAL_SECONDS
 
 
@@ -98,7 +106,7 @@ def test_a_submitted_run_is_as_large_as_its_config_and_options_say(given, nodes,
     arguments = ["configs/msdm.yaml", "train.global_batch_size=128", "train.device_batch_size=8", *given]
     arguments = [argument if "=" in argument else str(REPOSITORY / argument) for argument in arguments]
     for cluster in ("slurm", "kubernetes"):
-        hardware = load_for_job(cluster, arguments, nodes, gpus).hardware
+        hardware = load_for_job(cluster, arguments, nodes, gpus).config.hardware
         assert (hardware.nodes, hardware.devices) == expected
 
 
@@ -110,15 +118,15 @@ def test_a_local_run_keeps_to_the_gpus_it_is_shown(tmp_path, monkeypatch):
         f"run_dir={tmp_path}",
         "hardware.strategy=ddp",
     ]
-    executor = make_executor("local", load_for_job("local", settings, None, 2), 60, {})
+    executor = make_executor("local", load_for_job("local", settings, None, 2).config, 60, {})
     assert executor.parameters["visible_gpus"] == [4, 5]
     with pytest.raises(UserError, match="hardware.devices=4: CUDA_VISIBLE_DEVICES names 2 GPUs"):
-        make_executor("local", load_for_job("local", settings, None, 4), 60, {})
+        make_executor("local", load_for_job("local", settings, None, 4).config, 60, {})
 
 
 def test_the_runs_of_a_sweep_do_not_share_a_folder():
     sweep = str(CONFIGS / "sweeps/stable_diffusion_lora_rank.yaml")
-    result = CliRunner().invoke(print_runs, [sweep, "run_dir=runs/mine"])
+    result = CliRunner().invoke(main, [sweep, "run_dir=runs/mine"])
     assert isinstance(result.exception, UserError)
     assert "run_dir=runs/mine: each run of a sweep has its own" in str(result.exception)
 
