@@ -18,6 +18,7 @@ from medsynth.exit_codes import INTERRUPTED, USER_ERROR
 COMMANDS = {
     "train": "Train a method from config files.",
     "submit": "Train on Slurm, on Kubernetes, or here in the background.",
+    "sweep": "Train the runs of a study, stage by stage.",
     "sample": "Draw pictures for prompts, classes, or controls of your own.",
     "evaluate": "Score a folder of pictures against a folder of real ones.",
     "compare": "Compare the runs of an experiment, and the papers' own figures.",

@@ -1,81 +1,77 @@
-"""`slurm/sweep.sh`: the runs of a sweep, one for each point of its grid.
+"""`medsynth sweep`: the runs of a study, stage by stage; docs/sweeps.md says what its file holds."""
 
-A sweep is a YAML file with `config`, the preset that all runs share, and `grid`, the values of each key that varies.
-"""
-
-import json
-from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import click
-from omegaconf import OmegaConf
 
-from jobs.run.checks import check_monitor
-from jobs.run.config import load_arguments
-from jobs.run.sources import read_file
 from medsynth.errors import UserError
 
 
 @click.command()
-@click.argument("sweep", type=Path)
-@click.argument("arguments", nargs=-1, metavar="[FILE.yaml]... [KEY=VALUE]...")
-def main(sweep: Path, arguments: tuple[str, ...]) -> None:
-    """Print the preset of SWEEP, then the settings of each run, a line a run, with tabs between them.
+@click.argument("sweep", type=Path, metavar="FILE.yaml")
+@click.argument("arguments", nargs=-1, metavar="[CONFIG.yaml]... [KEY=VALUE]...")
+@click.option(
+    "--folder", type=click.Path(path_type=Path), help="Folder of all of it; by default the file's, or runs/FILE."
+)
+@click.option("--only", metavar="STAGE[/RUN]", multiple=True, help="Train only this stage or run; repeatable.")
+@click.option(
+    "--skip-failed", is_flag=True, help="Leave runs that failed out of the choice, and do not try them again."
+)
+@click.option("--manifests", is_flag=True, help="Print Kubernetes manifests of the runs that can begin, and stop.")
+@click.option("--image", help="Container image of --manifests.")
+@click.option("--nodes", type=click.IntRange(1), help="Pods a run, of --manifests; by default 1.")
+@click.option("--gpus", type=click.IntRange(1), help="GPUs a pod, of --manifests; by default up to 8.")
+@click.option("--dry-run", is_flag=True, help="Print the plan, and how far each run is, and stop.")
+@click.option("--report", "report_only", is_flag=True, help="Print and write the report of what there is, and stop.")
+def main(
+    sweep: Path,
+    arguments: tuple[str, ...],
+    folder: Path | None,
+    only: tuple[str, ...],
+    skip_failed: bool,
+    manifests: bool,
+    image: str | None,
+    nodes: int | None,
+    gpus: int | None,
+    dry_run: bool,
+    report_only: bool,
+) -> None:
+    """Train the runs of a sweep, stage by stage, here and one after the other.
 
-    Each run is checked with ARGUMENTS, which hold for all of them, before the first line is printed.
+    CONFIG and KEY=VALUE hold for all runs. The same command again goes on: what is done is kept, what was interrupted
+    is resumed. slurm/sweep.sh does the same with array jobs.
     """
-    if given := [argument for argument in arguments if argument.startswith("run_dir=")]:
-        raise UserError(f"{given[0]}: each run of a sweep has its own, runs/{sweep.stem}/…; leave it out")
-    config, runs = read_sweep(sweep)
-    for settings in runs:
-        check_monitor(load_arguments([config, *settings, *arguments]))
-    click.echo(config)
-    for settings in runs:
-        click.echo("\t".join(settings))
+    from jobs.study.read import read_study
 
+    study = read_study(sweep, arguments, folder)
+    if dry_run:
+        from jobs.study.show import print_plan
 
-def read_sweep(path: Path) -> tuple[str, list[list[str]]]:
-    """The preset of the sweep `path` and the settings ("key=value") of each run, its run_dir among them.
+        print_plan(study, skip_failed)
+        return
+    if manifests:
+        from jobs.cluster.kubernetes import IMAGE
+        from jobs.study.kubernetes import print_manifests
+        from jobs.study.progress import Progress
 
-    Raises:
-        UserError: there is no such file, or it is no sweep.
-    """
-    if not path.is_file():
-        raise UserError(f"there is no sweep {path}")
-    try:
-        written, read = (OmegaConf.to_container(source) for source in (read_file(path), OmegaConf.load(path)))
-        assert isinstance(written, dict) and isinstance(read, dict)
-        config, grid = read["config"], read["grid"]
-        choices = [[Choice(key, *both) for both in zip(written["grid"][key], grid[key], strict=True)] for key in grid]
-        points = list(product(*choices))
-    except Exception:  # another shape: all mean the same to the user
-        raise UserError(f"{path} is no sweep: it has `config: FILE` and `grid: {{KEY: [VALUE, …]}}`") from None
-    runs = {f"run_dir=runs/{path.stem}/{_name(point)}": [choice.setting() for choice in point] for point in points}
-    if len(runs) < len(points):
-        raise UserError(f"{path}: two of its runs would have one run_dir; give each value once")
-    return config, [[*settings, run_dir] for run_dir, settings in runs.items()]
+        print_manifests(Progress(study, skip_failed, only), image or IMAGE, nodes, gpus)
+        return
+    if given := [name for name, value in (("image", image), ("nodes", nodes), ("gpus", gpus)) if value is not None]:
+        raise UserError(f"--{given[0]} goes with --manifests")
+    from jobs.study.local import LocalStudy
 
+    local = LocalStudy(study, skip_failed, only)
+    if report_only:
+        from jobs.study.report import report
 
-class Choice(NamedTuple):
-    """One value of one key: as it is written in the sweep, where text is text, and as YAML reads it."""
-
-    key: str
-    written: Any
-    read: Any
-
-    def setting(self) -> str:
-        """KEY=VALUE of a command line."""
-        text = self.written if isinstance(self.written, str) else json.dumps(self.written, ensure_ascii=False)
-        return f"{self.key}={text}"
-
-
-def _name(point: tuple[Choice, ...]) -> str:
-    """rank-4: the last word of each key, and its value."""
-    return "_".join(f"{choice.key.rpartition('.')[2]}-{choice.read}".replace("/", "-") for choice in point)
+        if not study.folder.is_dir():
+            raise UserError(f"{study.folder} is not there: nothing of {sweep} has begun")
+        report(study, local.records(), local.best_labels())
+    else:
+        local.train()
 
 
 if __name__ == "__main__":
-    from jobs.cli import run_command
+    from jobs.cli import run
 
-    run_command(main, "jobs.sweep")
+    run("sweep")

@@ -135,7 +135,8 @@ set_settings() {
   if [ "${CPU-}" = 1 ]; then settings+=(hardware.accelerator=cpu hardware.precision=32-true); fi
   [ -n "${SWEEP-}" ] || return 0
   local point
-  IFS=$'\t' read -ra point < <(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" "$SWEEP") # the first line is the preset
+  IFS=$'\t' read -ra point < <(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" "$SWEEP") || true # the first line is the preset
+  [ ${#point[@]} -gt 0 ] || fail "$SWEEP has no run $SLURM_ARRAY_TASK_ID: the step that was to write it has failed"
   settings+=("${point[@]}")
 }
 

@@ -12,6 +12,8 @@ alone, which is the whole table.
 | scontrol requeue | test_slurm: of an array; of others (all) | test_submit |
 | a node DOWN and back | test_slurm: of a run in parts; of others (all) | test_submit (all) |
 | an array | test_slurm, sweep.sh in test_scripts (*) | it submits one run: sweeps are slurm/sweep.sh's |
+| arrays that wait for the choice before them | test_stages | as above |
+| stages of one job | test_stages | the same stages, in what both share |
 | scancel --signal=TERM | test_slurm (all) | test_submit |
 | a signal before the first step | test_scripts (*), test_slurm (all) | test_submit |
 | a signal during a save | test_slurm | test_submit (all) |

@@ -9,7 +9,8 @@ from omegaconf import OmegaConf
 
 from jobs.run.config import load_arguments, load_config
 from jobs.run.sources import is_setting, read_setting
-from jobs.sweep import read_sweep
+from jobs.study.plan import all_runs, arguments_of
+from jobs.study.read import read_study
 from medsynth.errors import UserError
 from tests.conftest import REPOSITORY
 
@@ -123,11 +124,12 @@ def test_a_setting_that_cannot_be_meant_is_one_line(setting):
 def test_a_sweep_keeps_text_as_it_is_written(tmp_path):
     path = tmp_path / "names.yaml"
     path.write_text("config: a.yaml\ngrid:\n  tracking.run_name: [2026_11_26, 1:30, null]\n  model.optim.lr: [1e-4]\n")
-    _, runs = read_sweep(path)
-    assert [settings[:2] for settings in runs] == [
+    study = read_study(path)
+    runs = [arguments_of(study, run, {}) for run in all_runs(study)]
+    assert [given[-3:-1] for given in runs] == [
         [f"tracking.run_name={name}", "model.optim.lr=1e-4"] for name in ("2026_11_26", "1:30", "null")
     ]
-    assert runs[0][2] == "run_dir=runs/names/run_name-20261126_lr-0.0001", "as it was named before"
+    assert runs[0][-1] == "run_dir=runs/names/run_name-20261126_lr-0.0001", "as it was named before"
     path.write_text("config: a.yaml\ngrid: {seed: [1, 1]}\n")
     with pytest.raises(UserError, match="two of its runs would have one run_dir"):
-        read_sweep(path)
+        read_study(path)
