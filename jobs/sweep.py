@@ -21,6 +21,10 @@ from medsynth.errors import UserError
 @click.option("--image", help="Container image of --manifests.")
 @click.option("--nodes", type=click.IntRange(1), help="Pods a run, of --manifests; by default 1.")
 @click.option("--gpus", type=click.IntRange(1), help="GPUs a pod, of --manifests; by default up to 8.")
+@click.option(
+    "--tables", metavar="PREFIX", help="For slurm/sweep.sh: print what arrays to submit, tables in PREFIX-STAGE."
+)
+@click.option("--choose", metavar="STAGE", help="For slurm/choose.sh, with --tables: choose the stage's best run.")
 @click.option("--dry-run", is_flag=True, help="Print the plan, and how far each run is, and stop.")
 @click.option("--report", "report_only", is_flag=True, help="Print and write the report of what there is, and stop.")
 def main(
@@ -33,6 +37,8 @@ def main(
     image: str | None,
     nodes: int | None,
     gpus: int | None,
+    tables: str | None,
+    choose: str | None,
     dry_run: bool,
     report_only: bool,
 ) -> None:
@@ -49,6 +55,14 @@ def main(
 
         print_plan(study, skip_failed)
         return
+    if tables is not None:
+        from jobs.study import slurm
+
+        if choose is None:
+            slurm.plan(study, tables, skip_failed)
+        else:
+            slurm.choose(study, tables, study.stage(choose), skip_failed)
+        return
     if manifests:
         from jobs.cluster.kubernetes import IMAGE
         from jobs.study.kubernetes import print_manifests
@@ -56,8 +70,10 @@ def main(
 
         print_manifests(Progress(study, skip_failed, only), image or IMAGE, nodes, gpus)
         return
-    if given := [name for name, value in (("image", image), ("nodes", nodes), ("gpus", gpus)) if value is not None]:
-        raise UserError(f"--{given[0]} goes with --manifests")
+    if choose is not None:
+        raise UserError("--choose goes with --tables")
+    if any(option is not None for option in (image, nodes, gpus)):
+        raise UserError("--image, --nodes and --gpus go with --manifests")
     from jobs.study.local import LocalStudy
 
     local = LocalStudy(study, skip_failed, only)

@@ -47,7 +47,9 @@ def main(config: tuple[str, ...], print_only: bool, keys: str | None) -> None:
     CONFIG are YAML files, merged in order; KEY=VALUE settings come last, for instance train.max_steps=1000. The same
     run_dir again resumes the run where it was left. A file with `stages` trains its stages one after the other.
     """
-    if keys is None and has_stages(config):
+    if has_stages(config):
+        if keys:
+            raise UserError("--keys lists those of one run: give it the config of a stage")
         _train_stages(config, print_only)
         return
     from jobs.run.checks import check_monitor

@@ -16,6 +16,8 @@ from typing import Self
 from medsynth.errors import UserError
 
 OWNER_FILE = ".owner"
+RESTARTED = "MEDSYNTH_RESTART_COUNT"
+"""In the environment of a run that a sweep has started before: how often."""
 _HELD_ERRORS = {errno.EAGAIN, errno.EACCES}
 # A node that went down keeps its locks on a file server until their lease is over, 90 s with NFS 4.
 _PATIENCE = 120.0
@@ -141,7 +143,7 @@ def _slurm_job() -> tuple[str, int]:
 
 def _is_another_start() -> bool:
     """Whether what started this process has started it before, so that the one before may still be going away."""
-    counts = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
+    counts = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT", RESTARTED)
     return any(_count(name) for name in counts) or "JOB_COMPLETION_INDEX" in os.environ
 
 

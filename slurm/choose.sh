@@ -11,4 +11,4 @@
 . slurm/common.sh || { echo "slurm: type slurm/sweep.sh, which submits this" >&2 && exit 2; }
 [ -n "${SLURM_JOB_ID-}" ] || fail "type slurm/sweep.sh, which submits this"
 read_site
-in_step --nodes=1 --ntasks=1 -- -m jobs.study.slurm choose "$@"
+in_step --nodes=1 --ntasks=1 -- -m jobs.sweep "$@"

@@ -26,7 +26,7 @@ done
 
 tables=runs/slurm/$(basename "$sweep" .yaml)-$(date +%Y%m%d-%H%M%S)-$$
 plan=$tables.plan
-ask=(-m jobs.study.slurm plan "${skip[@]}" "$sweep" "$tables" "${arguments[@]}")
+ask=(-m jobs.sweep "$sweep" "${arguments[@]}" "${skip[@]}" "--tables=$tables")
 if [ -n "${CONTAINER_IMAGE-}" ]; then
   # srun does not read sbatch's variables.
   step=(${SBATCH_PARTITION:+"--partition=$SBATCH_PARTITION"} ${SBATCH_ACCOUNT:+"--account=$SBATCH_ACCOUNT"})
@@ -47,8 +47,8 @@ while IFS=$'\t' read -r stage script runs table next; do
     echo "stage $stage: array job ${array%%;*} of runs $runs"
     after=("--dependency=afterany:${array%%;*}")
   fi
-  choice=$(sbatch --parsable "${after[@]}" "${where[@]}" slurm/choose.sh "${skip[@]}" "$sweep" "$tables" "$stage" \
-    "${arguments[@]}")
+  choice=$(sbatch --parsable "${after[@]}" "${where[@]}" slurm/choose.sh "$sweep" "${arguments[@]}" "${skip[@]}" \
+    "--tables=$tables" "--choose=$stage")
   echo "stage $stage: job ${choice%%;*} chooses its best run"
   after=("--dependency=afterok:${choice%%;*}" --kill-on-invalid-dep=yes)
 done <"$plan"

@@ -1,5 +1,7 @@
 """A study on this machine: its runs one after the other, each in a process of its own."""
 
+import ctypes
+import os
 import signal
 import subprocess
 import sys
@@ -23,16 +25,17 @@ from jobs.study.report import report
 from jobs.study.tracked import tracked
 from medsynth.exit_codes import INTERRUPTED, PREEMPTED
 from medsynth.files import write_whole
-from medsynth.owner import Owner
+from medsynth.owner import RESTARTED, Owner
 
 PLANNED = "sweep.yaml"
 """In a run's folder: the config that the study has given it."""
 
 
-def launch(config: Path) -> int:
+def launch(config: Path, again: bool) -> int:
     """Train a config in a process of its own; its exit code, negative where a signal killed it.
 
     SIGTERM and SIGUSR1 are passed on. Ctrl-C comes to both by the terminal: the training saves, and is waited for.
+    again: whether it has been started before, and may still be leaving.
     """
     asked: list[int] = []
     child: subprocess.Popen[bytes] | None = None
@@ -43,13 +46,26 @@ def launch(config: Path) -> int:
             child.send_signal(number)
 
     with _handling({signal.SIGTERM: pass_on, signal.SIGUSR1: pass_on, signal.SIGINT: lambda *_: asked.append(0)}):
-        child = subprocess.Popen([sys.executable, "-m", "jobs.train", str(config)])
+        command = [sys.executable, "-m", "jobs.train", str(config)]
+        environment = os.environ | ({RESTARTED: "1"} if again else {})
+        child = subprocess.Popen(command, env=environment, preexec_fn=_leave_with_parent)
         for number in filter(None, list(asked)):  # it came before there was a child
             child.send_signal(number)
         code = child.wait()
     if asked and code < 0:  # before python listened: nothing was lost
         return INTERRUPTED if 0 in asked else PREEMPTED
     return code
+
+
+def _leave_with_parent() -> None:
+    """On Linux a training whose sweep is killed saves and leaves, too: the next start would find the run in use."""
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+# Found before there is a child, in which little may be done.
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 @contextmanager
@@ -107,7 +123,7 @@ class LocalStudy(Progress):
         note(run, self.study, failed=None)
         write_whole(run.run_dir / PLANNED, to_yaml(config))
         began = time.monotonic()
-        code = launch(run.run_dir / PLANNED)
+        code = launch(run.run_dir / PLANNED, again=before.state is not State.WAITING)
         note(run, self.study, seconds=round((before.seconds or 0) + time.monotonic() - began, 1))
         if code in (PREEMPTED, INTERRUPTED):
             click.echo(f"{title}: left; the same command goes on")

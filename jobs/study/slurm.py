@@ -1,40 +1,30 @@
-"""What slurm/sweep.sh and slurm/choose.sh ask of a study: tables of array jobs, and the step between two of them.
+"""A study on Slurm, as slurm/sweep.sh and slurm/choose.sh ask for it: tables of array jobs, and the step between two.
 
 A table has the preset in its first line, then what each run of a stage is given, a line a run, with tabs between.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
 import click
 
-from jobs.study.read import Stage, Study, read_study
+from jobs.study.plan import arguments_of, runs_of
+from jobs.study.progress import Progress
+from jobs.study.read import Stage, Study
+from jobs.study.record import Record, State, claim
+from jobs.study.report import report
+from jobs.study.tracked import tracked
 from medsynth.errors import UserError
 from medsynth.files import write_whole
 
 
-@click.group()
-def main() -> None:
-    """What the scripts of slurm/ ask of a study."""
-
-
-@main.command()
-@click.argument("sweep", type=Path)
-@click.argument("tables", metavar="PREFIX")
-@click.argument("arguments", nargs=-1, metavar="[CONFIG.yaml]... [KEY=VALUE]...")
-@click.option("--skip-failed", is_flag=True, help="Leave failed runs out of the choice, and do not try them again.")
-def plan(sweep: Path, tables: str, arguments: tuple[str, ...], skip_failed: bool) -> None:
-    """Check SWEEP, write PREFIX-STAGE.tsv of each stage that is known, and print what is to be submitted.
+def plan(study: Study, tables: str, skip_failed: bool) -> None:
+    """Check the study, write TABLES-STAGE.tsv of each stage that is known, and print what is to be submitted.
 
     A line a stage, with tabs between: its name, its script, the numbers of its runs that are not done (or -), its
     table, and whether a later step is to choose (or -).
     """
-    from jobs.study.progress import Progress
-    from jobs.study.record import claim
-    from jobs.study.tracked import tracked
-
-    study = read_study(sweep, arguments)
     scripts = {stage.name: script_of(stage) for stage in study.stages}
     progress = Progress(study, skip_failed)
     claim(study)
@@ -48,25 +38,17 @@ def plan(sweep: Path, tables: str, arguments: tuple[str, ...], skip_failed: bool
         click.echo("\t".join([stage.name, scripts[stage.name], numbers or "-", table_of(tables, stage), then]))
 
 
-@main.command()
-@click.argument("sweep", type=Path)
-@click.argument("tables", metavar="PREFIX")
-@click.argument("stage")
-@click.argument("arguments", nargs=-1, metavar="[CONFIG.yaml]... [KEY=VALUE]...")
-@click.option("--skip-failed", is_flag=True, help="Leave failed runs out of the choice.")
-def choose(sweep: Path, tables: str, stage: str, arguments: tuple[str, ...], skip_failed: bool) -> None:
-    """Choose the best run of STAGE, write the tables of the stages that are known by it, and report."""
-    from jobs.study.progress import Progress
-    from jobs.study.report import report
-    from jobs.study.tracked import tracked
+def choose(study: Study, tables: str, stage: Stage, skip_failed: bool) -> None:
+    """Choose the best run of a stage, write the tables of the stages that are known by it, and report.
 
-    study = read_study(sweep, arguments)
+    Raises:
+        UserError: it has none.
+    """
     progress = Progress(study, skip_failed)
     first = next(iter(progress.configs.values()))
-    is_last = study.stages[-1].name == stage
-    with tracked(study, first.tracking, to_its_end=is_last) as tracker:
+    with tracked(study, first.tracking, to_its_end=stage == study.stages[-1]) as tracker:
         try:
-            progress.finish(study.stage(stage))
+            progress.finish(stage)
             write_tables(progress, tables)
         finally:
             report(study, progress.records(), progress.best_labels(), tracker)
@@ -91,15 +73,13 @@ def table_of(prefix: str, stage: Stage) -> str:
     return f"{prefix}-{stage.name}.tsv"
 
 
-def write_tables(progress, prefix: str) -> None:
+def write_tables(progress: Progress, prefix: str) -> None:
     """Write the table of each stage that builds on what is known by now.
 
     Raises:
         UserError: a run has begun with another config than its stage now says.
     """
-    from jobs.study.plan import arguments_of, runs_of
-
-    study: Study = progress.study
+    study = progress.study
     for stage in study.stages:
         try:
             best = {name: progress.best(study.stage(name)) for name in stage.needs}
@@ -115,10 +95,9 @@ def write_tables(progress, prefix: str) -> None:
         write_whole(path, "\n".join(lines) + "\n")
 
 
-def places_to_run(progress, stage: Stage, records) -> list[int]:
+def places_to_run(progress: Progress, stage: Stage, records: Mapping[str, Record]) -> list[int]:
     """The numbers, from 1, of the runs of a stage that are to be trained."""
     from jobs.study.plan import runs_of
-    from jobs.study.record import State
 
     left_out = {State.DONE, *([State.FAILED] if progress.skip_failed else [])}
     runs = runs_of(progress.study, stage)
@@ -130,9 +109,3 @@ def array_of(numbers: Sequence[int]) -> str:
     ends = [None, *(a for a, b in pairwise(numbers) if b != a + 1), *numbers[-1:]]
     begins = [*numbers[:1], *(b for a, b in pairwise(numbers) if b != a + 1)]
     return ",".join(f"{a}-{b}" if a != b else str(a) for a, b in zip(begins, ends[1:], strict=True))
-
-
-if __name__ == "__main__":
-    from jobs.cli import run_command
-
-    run_command(main, "jobs.study.slurm")

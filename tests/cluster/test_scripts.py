@@ -21,7 +21,7 @@ PRESETS_ON_GPUS = [
 
 # `--print` gives the settings as they came, in place of YAML; a rank runs the one called do, and says which it was.
 STAND_IN = rf"""#!/usr/bin/env bash
-if [ "$2" = jobs.study.slurm ]; then exec {sys.executable} "$@"; fi
+if [ "$2" = jobs.sweep ]; then exec {sys.executable} "$@"; fi
 if [ "${{*: -1}}" = --print ]; then
   printf '%s\n' "${{@:3:$#-3}}"
 else

@@ -182,6 +182,7 @@ def test_the_shipped_job_is_read(monkeypatch):
          "stage msdm: hardware.devices=1, and that of stage vae is 2"),
         (("", ""), ["stages.yaml"], "both have stages"),
         (("", ""), ["seed=x"], "stage vae: seed=x: seed takes int"),
+        (("", ""), ["--keys"], "--keys lists those of one run"),
         (("", ""), ["none.yaml"], "there is no config file none.yaml"),
         (("stages:", "satges:"), [], "there is no key"),
     ],

@@ -447,7 +447,7 @@ def test_stages_become_arrays_with_a_step_that_chooses_between_them(slurm):
     ]  # fmt: skip
     assert chooser == [
         "SWEEP=", "--parsable", "--dependency=afterany:101", "--partition=gpu", "slurm/choose.sh",
-        "--skip-failed", "two.yaml", prefix, "vae", "train.max_steps=9",
+        "two.yaml", "train.max_steps=9", "--skip-failed", f"--tables={prefix}", "--choose=vae",
     ]  # fmt: skip
     assert second[:5] == [
         f"SWEEP={prefix}-msdm.tsv", "--parsable", "--array=1-2", "--dependency=afterok:102", "--kill-on-invalid-dep=yes"

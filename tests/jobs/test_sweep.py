@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from callbacks.durable import read_manifest
 from jobs import cli
 from jobs.run.config import load_config
-from jobs.study import local, slurm
+from jobs.study import local
 from jobs.tracking.server import mlflow_client
 from jobs.tracking.spool import read_events, read_run_id
 from jobs.train import train
@@ -59,7 +59,7 @@ stages:
 RUNS = ["vae/lr-1e-05", "vae/lr-0.001", "msdm/seed-0", "msdm/seed-1", "again"]
 
 
-def train_here(config: Path) -> int:
+def train_here(config: Path, again: bool) -> int:
     """What a process of its own would end with, in this one: python need not import all of it once more."""
     try:
         train(load_config([config]))
@@ -210,7 +210,7 @@ def test_its_report_has_the_numbers_that_mlflow_has(killed):
 @pytest.fixture
 def finished(killed, monkeypatch) -> Path:
     monkeypatch.chdir(killed)
-    monkeypatch.setattr(local, "launch", lambda config: pytest.fail(f"{config} is trained again"))
+    monkeypatch.setattr(local, "launch", lambda config, again: pytest.fail(f"{config} is trained again"))
     return killed
 
 
@@ -309,27 +309,33 @@ def test_a_run_that_diverges_is_told_of_and_left_out_where_that_is_asked_for(fai
 # The command itself, in a process of its own, as are its runs
 
 
-def test_a_sweep_that_is_asked_to_leave_saves_and_goes_on(here, phantom):
+def test_a_sweep_that_is_asked_to_leave_or_killed_goes_on(here, phantom):
+    """Killed alone, it takes its run with it, which saves: the next start finds it left, or waits for its end."""
     text = SWEEP.replace("DATA", str(phantom)).partition("  msdm:\n")[0].replace("[1e-5, 1e-3]", "[1e-4]")
     (here / "sweep.yaml").write_text(text.replace(f": {STEPS}", ": 60"))
     mlflow_client(f"sqlite:///{here}/mlruns.db")
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, "-m", "jobs.sweep", "sweep.yaml"]
-    with (here / "log").open("w") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    run, before = here / "study/vae/lr-0.0001", 0
+    for number, code in ((signal.SIGTERM, 75), (signal.SIGKILL, -9)):
+        process = sweep(here)
         end = time.monotonic() + 300
-        while step(here / "study/vae/lr-0.0001") < 2:
+        while step(run) < before + 2:
             assert process.poll() is None and time.monotonic() < end, (here / "log").read_text()
             time.sleep(0.02)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(120) == 75, (here / "log").read_text()
-    saved = step(here / "study/vae/lr-0.0001")
-    assert 2 <= saved < 60
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "resuming from study/vae/lr-0.0001/checkpoints/last.ckpt" in result.stdout
-    assert step(here / "study/vae/lr-0.0001") == 60
-    assert json.loads((here / "study/vae/lr-0.0001/sweep.json").read_text())["seconds"] > 0
+        process.send_signal(number)
+        assert process.wait(120) == code, (here / "log").read_text()
+        before = step(run)
+        assert before < 60
+    assert sweep(here).wait(300) == 0, (here / "log").read_text()
+    assert (here / "log").read_text().count("resuming from study/vae/lr-0.0001/checkpoints/last.ckpt") == 2
+    assert step(run) == 60
+    assert json.loads((run / "sweep.json").read_text())["seconds"] > 0
+
+
+def sweep(folder: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "jobs.sweep", "sweep.yaml"]
+    with (folder / "log").open("a") as log:
+        environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
 
 # What clusters are given once a stage is done
@@ -347,32 +353,29 @@ def after_one_stage(killed, here) -> Path:
 
 
 def test_the_choosing_step_writes_what_the_next_array_trains(after_one_stage):
-    asked = CliRunner().invoke(slurm.main, ["plan", "sweep.yaml", "runs/slurm/t", "seed=3"], standalone_mode=False)
-    assert "seed=3: the runs of msdm differ by it" in str(asked.exception)
-    asked = CliRunner().invoke(slurm.main, ["plan", "sweep.yaml", "runs/slurm/t"], standalone_mode=False)
-    assert asked.exception is None, asked.output
-    lines = [line.split("\t") for line in asked.output.splitlines() if "\t" in line]
+    with pytest.raises(UserError, match="seed=3: the runs of msdm differ by it"):
+        medsynth("sweep.yaml", "seed=3", "--tables=runs/slurm/t")
+    asked = medsynth("sweep.yaml", "--tables=runs/slurm/t")
+    lines = [line.split("\t") for line in asked.splitlines() if "\t" in line]
     assert lines == [
         ["vae", "slurm/msdm_vae.sh", "-", "runs/slurm/t-vae.tsv", "choose"],
         ["msdm", "slurm/msdm.sh", "1-2", "runs/slurm/t-msdm.tsv", "choose"],
         ["again", "slurm/msdm.sh", "1", "runs/slurm/t-again.tsv", "choose"],
     ]
     Path("runs/slurm/t-msdm.tsv").unlink()
-    chosen = CliRunner().invoke(slurm.main, ["choose", "sweep.yaml", "runs/slurm/t", "vae"], standalone_mode=False)
-    assert chosen.exception is None, chosen.output
-    assert "best of vae: study/vae/lr-0.001" in chosen.output
+    assert "best of vae: study/vae/lr-0.001" in medsynth("sweep.yaml", "--tables=runs/slurm/t", "--choose=vae")
     preset, *runs = (line.split("\t") for line in Path("runs/slurm/t-msdm.tsv").read_text().splitlines())
     assert preset == [f"{TINY}/msdm.yaml"]
     assert [run[-2:] for run in runs] == [[f"seed={n}", f"run_dir=study/msdm/seed-{n}"] for n in (0, 1)]
     assert all("model.vae=study/vae/lr-0.001/export/vae" in run for run in runs)
     assert not Path("runs/slurm/t-again.tsv").exists()
-    early = CliRunner().invoke(slurm.main, ["choose", "sweep.yaml", "runs/slurm/t", "msdm"], standalone_mode=False)
-    assert "the best of stage msdm is not known yet: msdm/seed-0, msdm/seed-1 not done" in str(early.exception)
+    with pytest.raises(UserError, match="best of stage msdm is not known yet: msdm/seed-0, msdm/seed-1 not done"):
+        medsynth("sweep.yaml", "--tables=runs/slurm/t", "--choose=msdm")
 
 
 def test_manifests_are_of_the_runs_that_can_begin(after_one_stage):
     settings = ["hardware.precision=32-true", "hardware.accelerator=cpu"]
-    printed = medsynth("sweep.yaml", *settings, "--manifests", "--gpus", 2, "--image", "registry/medsynth:1")
+    printed = medsynth("sweep.yaml", *settings, "--manifests", "--gpus", 1, "--image", "registry/medsynth:1")
     objects = [item for item in yaml.safe_load_all(printed.partition("\n2 runs to train")[0]) if item]
     for item in objects:
         kubernetes_validate.validate(item, "1.33", strict=True)
@@ -382,7 +385,7 @@ def test_manifests_are_of_the_runs_that_can_begin(after_one_stage):
     assert container["image"] == "registry/medsynth:1"
     configs = [yaml.safe_load(i["data"]["config.yaml"]) for i in objects if i["kind"] == "ConfigMap"]
     assert [config["model"]["vae"] for config in configs] == ["study/vae/lr-0.001/export/vae"] * 2
-    assert [config["hardware"]["devices"] for config in configs] == [2, 2]
+    assert [config["hardware"]["devices"] for config in configs] == [1, 1]
     assert [config["tracking"]["parent"] for config in configs] == ["study", "study"]
-    with pytest.raises(UserError, match="--gpus goes with --manifests"):
+    with pytest.raises(UserError, match="--gpus go with --manifests"):
         medsynth("sweep.yaml", "--gpus", 2)
