@@ -387,12 +387,14 @@ def test_processes_leave_together_and_never_hang(undisturbed, phantom, here):
 def come_back(rank: int, phantom: Path) -> None:
     two = ["hardware.devices=2", "hardware.strategy=ddp", "train.device_batch_size=1", "train.max_steps=8"]
     with pytest.raises(DifferentCheckpoints, match="rank 0 goes on from step 6, rank 1 from step 0: run_dir must be"):
-        train(configured(phantom, f"run{rank}", *two))
+        os.chdir(f"machine{rank}")
+        train(configured(phantom, "run", *two))
 
 
 def test_processes_that_came_back_from_different_checkpoints_are_refused(undisturbed, phantom, here):
     """One machine has a folder of its own: here the second, where there is no checkpoint."""
-    shutil.copytree(undisturbed, "run0")
+    Path("machine1").mkdir()
+    shutil.copytree(undisturbed, "machine0/run")
     together(2, come_back, phantom, log=Path("log").absolute())
 
 

@@ -19,8 +19,12 @@ from safetensors.torch import load_file
 
 from callbacks.durable import read_manifest
 from jobs import cli
+from jobs.report.runs import load_runs
 from jobs.run.config import load_config
 from jobs.study import local
+from jobs.study.plan import all_runs
+from jobs.study.read import read_study
+from jobs.study.record import read_record
 from jobs.tracking.server import mlflow_client
 from jobs.tracking.spool import read_events, read_run_id
 from jobs.train import train
@@ -189,6 +193,8 @@ def test_mlflow_has_one_run_above_all_others(killed):
     assert set(records) == set(RUNS)
     assert {record.data.tags["mlflow.parentRunId"] for record in records.values()} == {parent.info.run_id}
     assert {record.info.status for record in records.values()} == {"FINISHED"}
+    compared = load_runs(client, experiment.experiment_id, "medsynth", (), training=False)
+    assert {run.name for run in compared} == set(RUNS), "medsynth compare leaves the study's own out"
     logged = {item.path for item in client.list_artifacts(parent.info.run_id)}
     assert {"sweep.yaml", "report.md", "report.csv", "report.png"} <= logged
 
@@ -198,10 +204,12 @@ def test_its_report_has_the_numbers_that_mlflow_has(killed):
     header, *lines = (line.split(",") for line in (killed / "study/report.csv").read_text().splitlines())
     rows = {line[header.index("run")]: dict(zip(header, line, strict=True)) for line in lines}
     assert set(rows) == set(RUNS)
+    study = read_study(killed / "sweep.yaml", folder=killed / "study")
+    by_record = {run.label: read_record(run) for run in all_runs(study)}
     for run in RUNS[2:]:
         metrics = client.get_run(read_run_id(killed / "study" / run)).data.metrics
         for metric in ("eval/fd_random", "eval/precision_random", "eval/recall_random", "val/loss"):
-            assert float(rows[run][metric]) == metrics[metric], (run, metric)
+            assert float(rows[run][metric]) == metrics[metric] == by_record[run].score(metric), (run, metric)
     assert (rows["msdm/seed-1"]["paper eval/fd_random"], rows["msdm/seed-0"]["paper eval/fd_random"]) == ("12.5", "")
     assert (killed / "study/report.png").read_bytes().startswith(b"\x89PNG")
     assert sum(row["best"] == "yes" for row in rows.values()) == 3
