@@ -412,7 +412,7 @@ def test_lost_pods_come_back_and_the_training_ends_as_if_none_had_been_lost(tmp_
 
 
 def test_a_drained_pod_takes_the_others_along_and_all_save(tmp_path, phantom, launch):
-    """SIGTERM to one pod of two processes, as the kubelet sends it, ends both with 75; neither costs the Job anything."""
+    """SIGTERM to one pod of two processes, as the kubelet sends it, ends both with 75, at no cost to the Job."""
     folder = volumes(tmp_path, phantom)
     job = launch(tiny(2, 2, "train.max_steps=2000"), folder)
     wait_for_step(folder, 5, job)
