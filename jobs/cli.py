@@ -14,6 +14,7 @@ import click
 from medsynth import __version__
 from medsynth.errors import UserError
 from medsynth.exit_codes import INTERRUPTED, USER_ERROR
+from medsynth.process import settle
 
 COMMANDS = {
     "train": "Train a method from config files.",
@@ -85,6 +86,7 @@ def run_command(command: click.Command | Callable[[], click.Command], name: str)
     ends it with 130, without a traceback."""
     _wait_briefly()
     try:
+        settle()
         found = command if isinstance(command, click.Command) else command()
         found.main(prog_name=name, standalone_mode=False)
     except click.UsageError as error:

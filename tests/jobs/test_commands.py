@@ -276,6 +276,18 @@ def test_prepare_weights_without_internet_names_the_source(tmp_path, monkeypatch
         )
 
 
+def test_prepare_weights_names_the_variable_of_a_cache_that_cannot_be_written(monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setenv("TORCH_HOME", "/dev/null")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", "/dev/null/hub")
+    vae, diffusion = (REPOSITORY / f"configs/{name}.yaml" for name in ("msdm_vae", "stable_diffusion"))
+    with pytest.raises(UserError, match="kept in /dev/null/hub/checkpoints.*: set TORCH_HOME to a folder for weights"):
+        medsynth("prepare", "weights", vae, "model.perceptual_weights=https://localhost/vgg.pth")
+    with pytest.raises(UserError, match="kept in /dev/null/hub, .*: set HF_HOME to a folder for weights"):
+        medsynth("prepare", "weights", diffusion, "model.pretrained=owner/name")
+
+
 def test_prepare_weights_fetches_a_url_into_the_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
     (tmp_path / "vgg.pth").write_bytes(b"weights")
