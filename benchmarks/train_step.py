@@ -102,7 +102,7 @@ def main(
     for _ in _measured(cells, rows, sweep, rounds, steps, minutes):
         _add_gain_of_cache(rows)
         if file:
-            file.write_text(json.dumps(rows, indent=1) + "\n")
+            file.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     keys = {_key(row) for row in (_row(cell, sweep) for cell in cells)}
     _print([row for row in rows if _key(row) in keys])
 
@@ -244,7 +244,7 @@ def _add_gain_of_cache(rows: list[Row]) -> None:
 
 
 def _read(file: Path | None) -> list[Row]:
-    return json.loads(file.read_text()) if file and file.is_file() else []
+    return json.loads(file.read_text(encoding="utf-8")) if file and file.is_file() else []
 
 
 def _machine(device: str) -> dict[str, Any]:

@@ -329,7 +329,7 @@ class Preemption(Checkpoint):
     def _count(self, step: int) -> int:
         """Starts from this step, this one among them, kept in the run directory."""
         try:
-            before = json.loads(self._attempts.read_text())
+            before = json.loads(self._attempts.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             before = {"step": step, "starts": 0}
         starts = before["starts"] + 1 if before["step"] == step else 1

@@ -120,7 +120,7 @@ def read_site() -> dict[str, str]:
     if not Path("slurm/common.sh").is_file():
         raise UserError("there is no slurm/common.sh here; call medsynth in the repository's root")
     script = ". slurm/common.sh && read_site && env --null"
-    result = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    result = subprocess.run(["bash", "-c", script], capture_output=True, encoding="utf-8", errors="surrogateescape")
     if result.returncode:
         raise UserError(result.stderr.strip().removeprefix("slurm: "))
     return {name: value for name, _, value in (line.partition("=") for line in result.stdout.split("\0") if line)}
@@ -231,7 +231,7 @@ def _write_submission(config: "DictConfig") -> Path:
 
     path = Path(config.run_dir).absolute() / f"submit/{datetime.now():%Y%m%d-%H%M%S-%f}.yaml"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(to_yaml(config))
+    path.write_text(to_yaml(config), encoding="utf-8")
     return path
 
 
@@ -322,12 +322,12 @@ def _follow(job: "Job[Any]") -> int:
     while True:
         ended = code.exists() or _has_ended(job)
         if log.exists():
-            with log.open(errors="replace") as file:
+            with log.open(encoding="utf-8", errors="replace") as file:
                 file.seek(position)
                 click.echo(file.read(), nl=False)
                 position = file.tell()
         if ended:
-            return int(code.read_text()) if code.exists() else 1
+            return int(code.read_text(encoding="utf-8")) if code.exists() else 1
         time.sleep(1)
 
 

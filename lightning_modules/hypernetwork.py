@@ -106,7 +106,7 @@ class HypernetworkModule(Denoising):
         directory.mkdir(parents=True, exist_ok=True)
         config = {"widths": [int(width) for width in self.hypernetwork]}
         config |= {key: getattr(self.config, key) for key in (*_SHAPE, "multiplier")}
-        (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+        (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         state = {name: value.detach().cpu().contiguous() for name, value in self.hypernetwork.state_dict().items()}
         save_file(state, directory / WEIGHTS_FILE)
 
@@ -169,7 +169,7 @@ def web_ui_state(directory: Path | str, name: str = "hypernetwork") -> dict[Any,
 def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The config and weights of an export, which fit each other."""
     try:
-        config = json.loads((directory / CONFIG_FILE).read_text())
+        config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
         state = load_file(directory / WEIGHTS_FILE)
         with torch.device("meta"):
             shapes = Hypernetwork(**{key: config[key] for key in ("widths", *_SHAPE)}).state_dict()

@@ -199,7 +199,7 @@ class MSDM(LatentDiffusion):
         self.scheduler().save_pretrained(directory / "scheduler")
         unet = directory / "unet"
         unet.mkdir(parents=True, exist_ok=True)
-        (unet / "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
+        (unet / "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n", encoding="utf-8")
         weights = {k: v.contiguous() for k, v in self.unet.state_dict().items()}
         save_file(weights, unet / "diffusion_pytorch_model.safetensors")
 

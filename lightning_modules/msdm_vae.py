@@ -117,7 +117,7 @@ class LatentCodec(nn.Module):
     def save(self, directory: Path) -> None:
         """Write `config.json` and `diffusion_pytorch_model.safetensors`."""
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
+        (directory / "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n", encoding="utf-8")
         save_file(
             {k: v.contiguous() for k, v in self.state_dict().items()}, directory / "diffusion_pytorch_model.safetensors"
         )
@@ -126,7 +126,7 @@ class LatentCodec(nn.Module):
     def load(cls, directory: Path, key: str) -> "LatentCodec":
         """Read what `save` wrote; raises UserError that names `key` where it is absent or does not fit."""
         try:
-            codec = cls(LatentCodecConfig(**json.loads((directory / "config.json").read_text())))
+            codec = cls(LatentCodecConfig(**json.loads((directory / "config.json").read_text(encoding="utf-8"))))
             weights = directory / "diffusion_pytorch_model.safetensors"
             fill(codec, load_file(weights), key, weights)
         except UserError:

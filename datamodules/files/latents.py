@@ -80,7 +80,7 @@ class CacheWriter:
         """
         self.folder, self.plan = folder, plan
         try:
-            found = json.loads((folder / PLAN_FILE).read_text())
+            found = json.loads((folder / PLAN_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return
         if reason := _difference(found, plan):
@@ -266,7 +266,7 @@ class CachedText:
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads((folder / MANIFEST_FILE).read_text())
+        manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         manifest = {}
     if manifest.pop("sha256", None) != _digest(manifest):

@@ -29,7 +29,7 @@ LANES = {"records": ("metrics", "param", "tag", "status"), "files": ("image", "a
 def read_run_id(run_dir: str | Path) -> str | None:
     """The id of the MLflow run of a run directory; None where MLflow has not been reached, or nothing logged."""
     with suppress(FileNotFoundError):
-        return json.loads((Path(run_dir) / "tracking" / "run.json").read_text())["run_id"]
+        return json.loads((Path(run_dir) / "tracking" / "run.json").read_text(encoding="utf-8"))["run_id"]
     return None
 
 
@@ -82,7 +82,7 @@ class Spool:
     def load(self, name: str) -> dict[str, Any]:
         """The JSON object of file `name`; empty where there is none."""
         try:
-            return json.loads((self.folder / name).read_text())
+            return json.loads((self.folder / name).read_text(encoding="utf-8"))
         except (FileNotFoundError, json.JSONDecodeError):
             return {}
 
@@ -98,7 +98,7 @@ class Spool:
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Keeps all other senders of this directory waiting."""
-        with (self.folder / "lock").open("w") as file:
+        with (self.folder / "lock").open("wb") as file:
             with suppress(OSError):  # a file system without locks: one sender at a time is then up to the user
                 fcntl.flock(file, fcntl.LOCK_EX)
             yield

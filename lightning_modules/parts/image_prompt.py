@@ -75,7 +75,7 @@ class ImagePrompt(nn.Module):
             "text_width": linear.out_features // self.projection.num_image_text_embeds,
             "weight": self.weight,
         }
-        (directory / _CONFIG).write_text(json.dumps(described, indent=2) + "\n")
+        (directory / _CONFIG).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
         weights = {name: value.detach().contiguous() for name, value in self.projection.state_dict().items()}
         save_file(weights, directory / _WEIGHTS)
         encoder.save_pretrained(directory / _ENCODER)
@@ -93,7 +93,7 @@ class ImagePrompt(nn.Module):
         """
         directory = Path(directory)
         try:
-            described = json.loads((directory / _CONFIG).read_text())
+            described = json.loads((directory / _CONFIG).read_text(encoding="utf-8"))
             if not (directory / _ENCODER).is_dir():
                 raise ValueError(f"there is no folder {_ENCODER}")
             prompt = cls(*load_image_encoder(str(directory / _ENCODER), _ENCODER), **described)
