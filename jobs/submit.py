@@ -181,6 +181,8 @@ def _make_slurm_executor(hardware: Any, folder: Path, site: dict[str, str]) -> "
 
     if "VENV" not in site:
         raise UserError("slurm/site.env trains in a container; type sbatch slurm/PRESET.sh for that")
+    if set(str(folder)) & set("%\\\n"):
+        raise UserError(f"run_dir={folder.parent}: in the path of a log Slurm takes % and \\ for more; choose another")
     cpus = _CPUS_PER_GPU if _gpus(hardware) else hardware.threads or 1
     log = shlex.quote(str(JobPaths(folder).stdout))
     options = f"--unbuffered --output={log} --open-mode=append --cpus-per-task={cpus} --kill-on-bad-exit=1"
@@ -295,16 +297,16 @@ def _leave_unbegun(number: int, frame: FrameType | None) -> None:
 
 def _join_local_processes(job: "JobEnvironment") -> None:
     """Tell Lightning of the processes that submitit has started, as torchrun would."""
-    for name in [name for name in os.environ if name.startswith("SLURM_")]:
-        del os.environ[name]  # of an allocation in which this is called: it is not what trains here
-    port = 15000 + int(job.job_id) % 10000
-    os.environ |= {"LOCAL_RANK": str(job.local_rank), "NODE_RANK": "0"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    from jobs.run.launch import join_on_this_machine
+
+    join_on_this_machine(job.local_rank, port=15000 + int(job.job_id) % 10000)
 
 
 def _slurm_state(job_id: str) -> str:
     """JobState of `scontrol show job`; "FORGOTTEN" some minutes after its end, "" where slurmctld does not answer."""
-    result = subprocess.run(["scontrol", "show", "job", "--oneliner", job_id], capture_output=True, text=True)
+    result = subprocess.run(
+        ["scontrol", "show", "job", "--oneliner", job_id], capture_output=True, encoding="utf-8", errors="replace"
+    )
     if "Invalid job id" in result.stderr:
         return "FORGOTTEN"
     match = re.search(r"\bJobState=(\S+)", result.stdout)

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -287,11 +287,13 @@ def _build_trainer(
 
     from callbacks.checkpoint import build_checkpoints
     from callbacks.class_pictures import ClassPictures
+    from callbacks.durable import DurableCheckpointIO
     from callbacks.ema import EMA
     from callbacks.progress import RunProgress, Throughput
     from callbacks.step_log import StepLog
     from jobs.run.checks import accumulation
     from jobs.run.config import instantiate
+    from jobs.run.launch import cluster_environment
     from jobs.run.strategies import trainer_options
 
     train, hardware = config.train, config.hardware
@@ -304,7 +306,8 @@ def _build_trainer(
     callbacks.append(preemption)
     by_steps = train.validate_every_steps is not None
     micro_batches = accumulation(config)
-    options = trainer_options(hardware, _plugins(), find_unused=not module.uses_all_weights)
+    plugins = [DurableCheckpointIO(), cluster_environment(hardware)]
+    options = trainer_options(hardware, plugins, find_unused=not module.uses_all_weights)
     options |= {
         "max_steps": train.max_steps or -1,
         "max_epochs": train.max_epochs if train.max_epochs else -1,
@@ -324,16 +327,6 @@ def _build_trainer(
         return L.Trainer(**options)
     except (MisconfigurationException, ValueError) as error:
         raise UserError(f"hardware: {str(error).strip().splitlines()[0]}") from None
-
-
-def _plugins() -> list[Any]:
-    from lightning.pytorch.plugins.environments import SLURMEnvironment
-
-    from callbacks.durable import DurableCheckpointIO
-
-    # Whoever started the job requeues it, and not Lightning.
-    slurm = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
-    return [DurableCheckpointIO(), *slurm]
 
 
 def _log_run(
