@@ -174,6 +174,7 @@ def _announce(
     from jobs.tracking.server import ui_command
     from lightning_modules.base import GenerativeModule
 
+    data.require_room(config.hardware.devices)
     trial = try_picture(module, data)
     steps_by_itself = type(module).learn is not GenerativeModule.learn  # and names what it has done as it likes
     check_monitor(config, trial.losses, any_of_training=steps_by_itself)
