@@ -225,10 +225,10 @@ def _make_writable(node: DictConfig) -> None:
 
 
 def _checked(config: DictConfig) -> DictConfig:
-    missing = sorted(OmegaConf.missing_keys(config))
-    if missing:
-        raise UserError(f"{missing[0]} is missing; give it in a config file or as {missing[0]}=VALUE")
     try:
+        missing = sorted(OmegaConf.missing_keys(config))
+        if missing:
+            raise UserError(f"{missing[0]} is missing; give it in a config file or as {missing[0]}=VALUE")
         OmegaConf.resolve(config)
         check_ranges(config)
         for field_ in fields(RunConfig):
@@ -237,7 +237,8 @@ def _checked(config: DictConfig) -> DictConfig:
     except UserError:
         raise
     except OmegaConfBaseException as error:
-        raise UserError(_first_line(error)) from None
+        key = f"{error.full_key}: " if error.full_key else ""
+        raise UserError(f"{key}{_first_line(error)}") from None
     check_together(config)
     config.run_dir = str(Path(config.run_dir).expanduser())
     return config

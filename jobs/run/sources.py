@@ -4,6 +4,7 @@ YAML would make 2026_11_26 a number, 1:30 ninety and `no` false. Here a value st
 null, and is what the key's type makes of it when the config is merged.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from medsynth.errors import UserError
 
+_REPOSITORY = Path(__file__).parents[2]
 _STANDARD, _FOREIGN = "tag:yaml.org,2002:", "tag:yaml.org,2002:python/"
 
 
@@ -24,8 +26,12 @@ def read_file(path: Path) -> DictConfig:
     """
     try:
         text = path.read_bytes().decode("utf-8-sig")
+        if "\0" in text:  # as UTF-16 without its mark is
+            raise UserError(f"{path} is no YAML: save it as text in UTF-8")
     except FileNotFoundError:
-        raise UserError(f"there is no config file {path}") from None
+        where = "" if path.is_absolute() else f" in {Path.cwd()}"
+        also = f"; there is {_REPOSITORY / path}" if where and (_REPOSITORY / path).is_file() else ""
+        raise UserError(f"there is no config file {path}{where}{also}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is no YAML: save it as text in UTF-8") from None
     except OSError as error:
@@ -56,6 +62,8 @@ def read_setting(argument: str, texts: Mapping[str, bool] | None = None) -> Dict
         UserError: this is no setting, or its value no YAML.
     """
     key, separator, value = argument.partition("=")
+    if not argument.isascii() and argument != argument.encode(errors="replace").decode():
+        raise UserError(f"{argument}: this is not UTF-8; rename what it names (convmv does), or type it in UTF-8")
     if not separator or not key:
         raise UserError(f"{argument}: a config file ends in .yaml, a setting is key=value")
     optional = (texts or {}).get(key, (texts or {}).get(f"{key.rpartition('.')[0]}.*"))
@@ -78,7 +86,8 @@ def read_setting(argument: str, texts: Mapping[str, bool] | None = None) -> Dict
 
 def is_setting(argument: str) -> bool:
     """Whether a command's argument is KEY=VALUE, and not the path of a config file."""
-    return "=" in argument and not (argument.endswith((".yaml", ".yml")) and Path(argument).is_file())
+    is_path = Path(argument).is_file() or not re.fullmatch(r"[\w.]*", argument.partition("=")[0])
+    return "=" in argument and not (argument.endswith((".yaml", ".yml")) and is_path)
 
 
 def _said(node: yaml.Node | None) -> Any:
@@ -106,4 +115,5 @@ def _said(node: yaml.Node | None) -> Any:
 
 
 def _problem(error: yaml.YAMLError) -> str:
-    return getattr(error, "problem", None) or str(error).splitlines()[0]
+    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+    return f"{problem} (a tab: indent with spaces)" if r"'\t'" in problem else problem
