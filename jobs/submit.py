@@ -182,7 +182,9 @@ def _make_slurm_executor(hardware: Any, folder: Path, site: dict[str, str]) -> "
     if "VENV" not in site:
         raise UserError("slurm/site.env trains in a container; type sbatch slurm/PRESET.sh for that")
     if set(str(folder)) & set("%\\\n"):
-        raise UserError(f"run_dir={folder.parent}: in the path of a log Slurm takes % and \\ for more; choose another")
+        raise UserError(
+            f"run_dir={str(folder.parent)!r}: in the path of a log Slurm takes % and \\ for more; choose another"
+        )
     cpus = _CPUS_PER_GPU if _gpus(hardware) else hardware.threads or 1
     log = shlex.quote(str(JobPaths(folder).stdout))
     options = f"--unbuffered --output={log} --open-mode=append --cpus-per-task={cpus} --kill-on-bad-exit=1"

@@ -11,6 +11,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from jobs.run import launch
 from jobs.run.config import HardwareConfig
 from jobs.run.launch import cluster_environment, join_on_this_machine
+from jobs.submit import _make_slurm_executor
 from medsynth.errors import UserError
 
 OF_A_LAUNCH = re.compile("SLURM_|TORCHELASTIC_|MEDSYNTH_|RANK|LOCAL_|GROUP_RANK|NODE_RANK|WORLD_SIZE|MASTER_")
@@ -132,3 +133,10 @@ def test_a_job_in_the_background_knows_nothing_of_its_shell(shell, capsys):
     assert (environment.main_address, environment.main_port) == ("127.0.0.1", 15017)
     assert not [name for name in os.environ if name.startswith(("SLURM_", "TORCHELASTIC_"))]
     assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["50%", "a\\b", "a\nb"])
+def test_a_path_that_slurm_would_read_otherwise(tmp_path, name):
+    with pytest.raises(UserError, match="run_dir=.*: in the path of a log Slurm takes % and") as caught:
+        _make_slurm_executor(HardwareConfig(), tmp_path / name / "submit", {"VENV": "venv"})
+    assert "\n" not in str(caught.value)
