@@ -23,10 +23,10 @@ def settle() -> None:
     """Make this process one as on a plain login; again, it changes nothing.
 
     Raises:
-        UserError: the working directory is gone.
+        UserError: the working directory is gone, or nothing can be written where temporary files lie.
     """
     _speak_utf8()
-    _require_working_directory()
+    _require_folders()
     _name_user()
     _find_home()
     _open_files()
@@ -46,11 +46,15 @@ def _speak_utf8() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _require_working_directory() -> None:
+def _require_folders() -> None:
     try:
         Path.cwd()
     except FileNotFoundError:
         raise UserError("the working directory has been removed; cd to one that is there") from None
+    try:
+        tempfile.gettempdir()  # which torch asks for when it is imported
+    except FileNotFoundError as error:
+        raise UserError(f"{error.strerror}: set TMPDIR to a folder that can be written") from None
 
 
 def _name_user() -> None:

@@ -5,6 +5,7 @@ import pwd
 import resource
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,13 @@ def test_a_working_directory_that_is_gone_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="working directory has been removed"):
         process.settle()
     tmp_path.mkdir()
+
+
+def test_no_place_for_temporary_files_is_one_line(monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/dev/null"])  # all that Python tries
+    with pytest.raises(UserError, match=r"No usable temporary directory found in .*: set TMPDIR to a folder"):
+        process.settle()
 
 
 @pytest.mark.parametrize("locale", [{"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {}])
