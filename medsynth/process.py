@@ -82,7 +82,10 @@ def _find_home() -> None:
 
 def can_write(folder: Path) -> bool:
     """Whether this user can make `folder`, or files in it."""
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    try:
+        existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    except PermissionError:  # nor can it be looked into
+        return False
     return os.access(existing, os.W_OK | os.X_OK)
 
 
