@@ -315,7 +315,8 @@ class GenerativeModule(L.LightningModule, ABC):
 def blocks(network: nn.Module) -> list[nn.Module]:
     """The parts of a network that are gathered one at a time, inner ones first: libraries name `_no_split_modules`."""
     parts = [module for module in network.modules() if module is not network and any(True for _ in module.parameters())]
-    names = {name for module in network.modules() for name in getattr(module, "_no_split_modules", None) or ()}
+    named: list[Any] = [getattr(module, "_no_split_modules", None) for module in network.modules()]
+    names = {name for own in named for name in own or ()}
     return [module for module in reversed(parts) if type(module).__name__ in names]
 
 

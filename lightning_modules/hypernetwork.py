@@ -135,7 +135,8 @@ def load_hypernetwork(unet: nn.Module, directory: Path | str, multiplier: float 
     network.requires_grad_(False).eval().to(parameter.device, parameter.dtype)
     network.set_multiplier(exported if multiplier is None else multiplier)
     network.attach(unet)
-    unet.hypernetworks = nn.ModuleList([*getattr(unet, "hypernetworks", ()), network])
+    others: Any = getattr(unet, "hypernetworks", ())
+    unet.hypernetworks = nn.ModuleList([*others, network])
     return network
 
 
