@@ -16,6 +16,7 @@ from lightning_modules.families.stable_diffusion import Denoising, DenoisingConf
 from lightning_modules.nets.hypernetwork import ACTIVATIONS, INITIALISATIONS, Hypernetwork, context_widths
 from lightning_modules.parts.pretrained import refuse_not_finite
 from medsynth.errors import UserError
+from medsynth.files import read_object
 from medsynth.ranges import choice, number, numbers
 
 WEIGHTS_FILE, CONFIG_FILE = "hypernetwork.safetensors", "config.json"
@@ -170,7 +171,7 @@ def web_ui_state(directory: Path | str, name: str = "hypernetwork") -> dict[Any,
 def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The config and weights of an export, which fit each other."""
     try:
-        config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+        config = read_object(directory / CONFIG_FILE)
         state = load_file(directory / WEIGHTS_FILE)
         with torch.device("meta"):
             shapes = Hypernetwork(**{key: config[key] for key in ("widths", *_SHAPE)}).state_dict()

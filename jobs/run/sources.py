@@ -4,8 +4,9 @@ YAML would make 2026_11_26 a number, 1:30 ninety and `no` false. Here a value st
 null, and is what the key's type makes of it when the config is merged.
 """
 
+import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from medsynth.errors import UserError
 
 _REPOSITORY = Path(__file__).parents[2]
+_MOST = 100_000
+"""Values of a file, those that its aliases repeat counted each time: a few lines of aliases could be billions."""
 _STANDARD, _FOREIGN = "tag:yaml.org,2002:", "tag:yaml.org,2002:python/"
 
 
@@ -71,7 +74,7 @@ def read_setting(argument: str, texts: Mapping[str, bool] | None = None) -> Dict
     if optional is None:
         try:
             said = _said(yaml.compose(value, yaml.SafeLoader))
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, RecursionError) as error:
             if texts is not None:
                 raise UserError(f"{argument}: {key} takes YAML: {_problem(error)}") from None
     if said == MISSING:
@@ -90,30 +93,34 @@ def is_setting(argument: str) -> bool:
     return "=" in argument and not (argument.endswith((".yaml", ".yml")) and is_path)
 
 
-def _said(node: yaml.Node | None) -> Any:
+def _said(node: yaml.Node | None, count: Iterator[int] | None = None) -> Any:
     """Dicts and lists of text and None, as they stand in the tree of a YAML document."""
     if node is None:
         return None
+    count = itertools.count(1) if count is None else count
+    if next(count) > _MOST:
+        raise yaml.MarkedYAMLError(problem=f"its aliases make more than {_MOST:,} values", problem_mark=node.start_mark)
     if not node.tag.startswith(_STANDARD) or node.tag.startswith(_FOREIGN):
         raise yaml.MarkedYAMLError(problem=f"a config takes no {node.tag}", problem_mark=node.start_mark)
     if isinstance(node, yaml.ScalarNode):
         return None if node.tag == f"{_STANDARD}null" else node.value
     if isinstance(node, yaml.SequenceNode):
-        return [_said(child) for child in node.value]
+        return [_said(child, count) for child in node.value]
     inherited: dict[str, Any] = {}
     own: dict[str, Any] = {}
     for name, child in node.value:
         if name.tag == f"{_STANDARD}merge":
             parents = child.value if isinstance(child, yaml.SequenceNode) else [child]
-            inherited = {key: value for parent in reversed(parents) for key, value in _said(parent).items()} | inherited
+            for parent in parents:
+                inherited = _said(parent, count) | inherited  # the first that has a key has it
         elif not isinstance(name, yaml.ScalarNode) or name.value in own:
             problem = f"the key {name.value} stands there twice" if isinstance(name, yaml.ScalarNode) else "no key"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=name.start_mark)
         else:
-            own[name.value] = _said(child)
+            own[name.value] = _said(child, count)
     return inherited | own
 
 
-def _problem(error: yaml.YAMLError) -> str:
+def _problem(error: Exception) -> str:
     problem = getattr(error, "problem", None) or str(error).splitlines()[0]
     return f"{problem} (a tab: indent with spaces)" if r"'\t'" in problem else problem

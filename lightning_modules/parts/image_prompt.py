@@ -15,6 +15,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWi
 from lightning_modules.parts.pretrained import fill, load_network
 from lightning_modules.parts.weights import RANDOM, Weights, made_here
 from medsynth.errors import UserError
+from medsynth.files import read_object
 from medsynth.loading import one_line
 
 _ENCODER, _CONFIG, _WEIGHTS = "image_encoder", "config.json", "diffusion_pytorch_model.safetensors"
@@ -93,7 +94,7 @@ class ImagePrompt(nn.Module):
         """
         directory = Path(directory)
         try:
-            described = json.loads((directory / _CONFIG).read_text(encoding="utf-8"))
+            described = read_object(directory / _CONFIG)
             if not (directory / _ENCODER).is_dir():
                 raise ValueError(f"there is no folder {_ENCODER}")
             prompt = cls(*load_image_encoder(str(directory / _ENCODER), _ENCODER), **described)

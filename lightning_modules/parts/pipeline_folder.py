@@ -1,7 +1,6 @@
 """A Stable Diffusion pipeline of 1.x or 2.x in diffusers' layout: what its files say, and its networks."""
 
 import inspect
-import json
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from lightning_modules.parts.hub_layout import instead_of, single_file
 from lightning_modules.parts.pretrained import load_network
 from lightning_modules.parts.weights import Weights
 from medsynth.errors import UserError
+from medsynth.files import read_object
 from medsynth.loading import one_line
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -157,12 +157,9 @@ class PipelineFolder:
     def _json(self, name: str) -> dict[str, Any]:
         path = self.path / name
         try:
-            said = json.loads(path.read_text(encoding="utf-8"))
+            return read_object(path)
         except (OSError, ValueError) as error:
             raise UserError(f"{self.key}: {path} cannot be read: {error}") from None
-        if not isinstance(said, dict):
-            raise UserError(f"{self.key}: {path} cannot be read: it is no object of keys")
-        return said
 
     def _fault(self, part: str, what: str) -> UserError:
         return UserError(f"{self.key}: {self.path / part} {what}; {_MEND}")

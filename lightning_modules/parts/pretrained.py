@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_modules.parts.hub_layout import weight_files
 from medsynth.errors import UserError
-from medsynth.loading import misfit, one_line
+from medsynth.loading import misfit, one_line, unfit_config
 
 _ADAPTER = "adapter_config.json"
 # How diffusers says it, before advice on how to go on with random weights.
@@ -45,6 +45,8 @@ def load_network(network: type, folder: Path, key: str, spare: str | None = None
         )
     if (folder / _ADAPTER).is_file():  # transformers would load the network that this names, from wherever it lies
         raise UserError(f"{key}: {folder} has {_ADAPTER}: an adapter's folder; name a folder of whole networks")
+    if reason := unfit_config(folder):
+        raise UserError(f"{key}: {folder}/config.json {reason}")
     absent = [name for name in found.names if not (folder / name).is_file()]
     if absent:
         raise UserError(

@@ -127,7 +127,7 @@ def _pretrained(config: TextEncoderConfig, key: str):
     tokenizer_folder, model_folder = parts if all(p.is_dir() for p in parts) else (folder, folder)
     model = load_network(CLIPTextModel, model_folder, key, spare=_NO_WORDS)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises of many kinds; all mean that there is no tokenizer
         raise UserError(f"{key}: {tokenizer_folder} holds no tokenizer: {one_line(error)}") from error
     _check_tokenizer(tokenizer, model.config, f"{key}: {tokenizer_folder}")
