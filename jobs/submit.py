@@ -234,8 +234,11 @@ def _write_submission(config: "DictConfig") -> Path:
     from jobs.run.config import to_yaml
 
     path = Path(config.run_dir).absolute() / f"submit/{datetime.now():%Y%m%d-%H%M%S-%f}.yaml"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(to_yaml(config), encoding="utf-8")
+    try:
+        path.parent.mkdir(exist_ok=True)
+        write_whole(path, to_yaml(config))
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from None
     return path
 
 

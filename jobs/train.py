@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from medsynth.errors import UserError
+from medsynth.errors import UserError, naming_lost_workers
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, Trainer
@@ -77,17 +77,19 @@ def train(config: "DictConfig") -> "Trainer":
     Raises:
         UserError: before the first step, where config, data, weights and machine do not go together.
         Preempted: SIGUSR1 or SIGTERM came; the run is saved.
+        WorkerLost: a process that reads data was killed.
     """
     from callbacks.preemption import StopRequest
 
-    with StopRequest(config.preemption.grace_seconds).listening() as request:
+    with naming_lost_workers(), StopRequest(config.preemption.grace_seconds).listening() as request:
         return _train(config, request)
 
 
 def _train(config: "DictConfig", request: "StopRequest") -> "Trainer":
     from callbacks.divergence import Divergence
     from jobs.run.config import instantiate
-    from jobs.run.folder import build_data, refuse_another_run, require_same_split, write_config
+    from jobs.run.export import export_best
+    from jobs.run.folder import build_data, refuse_another_run, require_same_split, write_config, write_split
     from jobs.run.pretrained import record
     from jobs.tracking.facts import run_facts
     from jobs.tracking.logger import RunTracker
@@ -112,13 +114,13 @@ def _train(config: "DictConfig", request: "StopRequest") -> "Trainer":
         owner.claim()
         require_same_split(data, run_dir)
         write_config(config)
-        data.write_split(str(run_dir))
+        write_split(data, run_dir)
         checkpoint = _newest_checkpoint(run_dir, trainer.is_global_zero)
         _log_run(tracker, config, module, data, run_facts() | record(run_dir, module))
         with _ending(tracker), _without_orphans(trainer, request), tracker.unfinished():
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
             if trainer.is_global_zero:
-                _export(_whole(module, trainer, config), run_dir, tracker)
+                export_best(module, trainer, config, tracker)
         tracker.finalize("success")
     return trainer
 
@@ -232,30 +234,6 @@ def _without_orphans(trainer: "Trainer", request: "StopRequest") -> Iterator[Non
         if request.interrupted and not request.training and launcher is not None:
             launcher.kill(signal.SIGINT)
         raise
-
-
-def _whole(module: "GenerativeModule", trainer: "Trainer", config: "DictConfig") -> "GenerativeModule":
-    """A module that can hold all weights: this process's own holds a part of them where the strategy shards them."""
-    from jobs.run.folder import build_module
-    from jobs.run.strategies import is_sharded
-
-    if is_sharded(trainer.strategy):
-        module = build_module(config)
-        module.configure_model()
-    return module
-
-
-def _export(module: "GenerativeModule", run_dir: Path, tracker: "RunTracker") -> None:
-    """Write the best checkpoint's weights as other libraries read them."""
-    from jobs.run.folder import find_checkpoint, load_weights
-    from jobs.run.pretrained import hold
-
-    hold(run_dir, module)  # what did not learn is exported as it lies there now
-    best, out = find_checkpoint(run_dir, "best"), run_dir / "export"
-    load_weights(module.cpu(), best)
-    module.export(out)
-    tracker.set_tags({"checkpoint.best": str(best), "export": str(out)})
-    click.echo(f"best checkpoint {best}, exported to {out}")
 
 
 def check_support(config: "DictConfig", module: "GenerativeModule") -> None:

@@ -1,8 +1,12 @@
 """The sample stream: each sample once a pass, in an order that no number of processes and no restart changes."""
 
+import multiprocessing
+import os
 import resource
 import shutil
+import signal
 import tempfile
+import time
 from collections import Counter
 
 import lightning as L
@@ -12,7 +16,7 @@ import torch
 from torch.utils.data import Dataset
 
 from datamodules import base
-from datamodules.base import DataConfig, ImageDataModule
+from datamodules.base import DataConfig, ImageDataModule, leave_signals_to_the_parent
 from datamodules.batches import Conditions, ImageBatch, collate
 from datamodules.stream import (
     EvaluationSampler,
@@ -22,7 +26,7 @@ from datamodules.stream import (
     StreamLoader,
     derive_seed,
 )
-from medsynth.errors import UserError
+from medsynth.errors import UserError, WorkerLost, naming_lost_workers
 
 
 class Positions(Dataset):
@@ -350,3 +354,28 @@ def test_shared_memory_that_would_run_out_is_named_before_training(monkeypatch):
     with pytest.raises(UserError, match=r"data.workers=3: .* give the container --shm-size=2m, or set data.workers=1$"):
         data.require_room(processes=2)
     PositionData(DataConfig(workers=0, root=""), batch_size=2).require_room(processes=2)
+
+
+class Deadly:
+    """Items, the third of which ends the worker that reads it, as a machine without memory does."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        if index == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return torch.zeros(1)
+
+
+def test_a_worker_that_is_killed_is_one_line_that_says_so_and_another_start_may_go_through():
+    loader = PlainLoader(Deadly(), collate_fn=torch.stack, num_workers=2, worker_init_fn=leave_signals_to_the_parent)
+    began = time.monotonic()
+    said = r"worker \(pid.* (is killed by signal: Killed|exited unexpectedly): .* more memory"
+    with pytest.raises(WorkerLost, match=said) as lost, naming_lost_workers():
+        list(loader)
+    assert time.monotonic() - began < 30 and "\n" not in str(lost.value)
+    assert lost.value.exit_code == 1 != UserError.exit_code
+    assert not multiprocessing.active_children(), "Python would wait for them at its end"
+    with pytest.raises(RuntimeError, match="of another kind"), naming_lost_workers():
+        raise RuntimeError("of another kind")

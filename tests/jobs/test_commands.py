@@ -79,7 +79,7 @@ def test_a_run_is_in_mlflow_with_all_that_was_asked(run):
 def test_a_run_that_fails_to_export_is_not_finished(run, here):
     (here / "again").mkdir()
     (here / "again/export").write_text("in the way")
-    with pytest.raises(OSError, match="export"):
+    with pytest.raises(UserError, match="again/export cannot be written: Not a directory"):
         train(load_config([run / "config.yaml"], ["run_dir=again", f"tracking.uri=sqlite:///{here}/again.db"]))
     from jobs.tracking.server import mlflow_client
     from jobs.tracking.spool import read_run_id
