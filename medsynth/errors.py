@@ -38,6 +38,7 @@ def naming_lost_workers() -> Iterator[None]:
             raise
         for other in multiprocessing.active_children():  # deaf to SIGTERM, by which Python would end them and wait
             other.kill()
+            other.join(5)
         mend = "give the job more memory, or set fewer data.workers (evaluate: --workers)"
         raise WorkerLost(
             f"{said.splitlines()[0].partition(' It is')[0].rstrip('. ')}: as a rule by a machine that has no memory "

@@ -215,7 +215,7 @@ def send_pending(run_dir: str | Path, uri: str | None = None) -> int:
         raise UserError(f"{run_dir} holds no record of a run (tracking/run.json): name the run directory of a training")
     spool = Spool(folder)
     known = spool.load("run.json")["tracking_uri"]
-    uri = resolve_uri(uri or (None if ":***@" in known else known))  # a password is not stored: the environment has it
+    uri = resolve_uri(uri or (None if "***" in known else known))  # a password is not stored: the environment has it
     sender, file = Sender(spool, uri), sqlite_path(uri)
     mend = "start the server and try again" if file is None else f"see to {file} and try again"
     try:

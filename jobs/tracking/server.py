@@ -55,7 +55,7 @@ def sqlite_path(uri: str) -> Path | None:
 
 def public_uri(uri: str) -> str:
     """`uri` with a password or token in it replaced by ***."""
-    return without_secrets(uri)
+    return without_secrets(uri, environment=False)  # it is read again where nothing is hidden
 
 
 def is_server(uri: str) -> bool:

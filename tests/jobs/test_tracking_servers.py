@@ -19,7 +19,7 @@ from cryptography.x509.oid import NameOID
 from jobs import cli
 from jobs.run.config import load_config
 from jobs.tracking.logger import RunTracker, TrackingConfig, send_pending
-from jobs.tracking.server import failure, import_mlflow, mlflow_client
+from jobs.tracking.server import failure, import_mlflow, mlflow_client, public_uri
 from medsynth.errors import UserError
 from medsynth.secrets import has_secret, without_secrets
 from tests.conftest import REPOSITORY
@@ -172,6 +172,12 @@ def test_a_full_disk_is_not_taken_for_a_server_that_is_away():
 
 
 # Passwords
+
+
+def test_an_address_is_kept_as_it_is_where_nothing_in_it_is_hidden(monkeypatch):
+    monkeypatch.setenv("SOME_TOKEN", "mlruns")
+    assert public_uri("sqlite:////data/mlruns.db") == "sqlite:////data/mlruns.db"
+    assert without_secrets("mlruns") == "***"
 
 
 @pytest.mark.parametrize(
