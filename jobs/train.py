@@ -142,12 +142,14 @@ def _set_up_process(config: "DictConfig") -> None:
 def _plan_module(config: "DictConfig") -> "GenerativeModule":
     """The method before it has networks; refused where it cannot train so, or weights are missing."""
     from jobs.run.folder import build_module
+    from lightning_modules.base import frozen_dtype
 
     module = build_module(config)
     check_support(config, module)
     for weights in module.required_weights():
         weights.require()
     module.gradient_clip_norm = config.train.gradient_clip_norm or None
+    module.frozen_dtype = frozen_dtype(config.hardware.precision)
     return module
 
 

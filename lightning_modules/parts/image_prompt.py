@@ -52,8 +52,7 @@ class ImagePrompt(nn.Module):
         """Tokens (n, tokens, text width) of pictures, float32 (n, 3, H, W) in [0, 1]."""
         side: Any = self.encoder.config.image_size
         with torch.no_grad():
-            resized = F.interpolate(pictures, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
-            embeddings = self.encoder((resized - self.mean) / self.std).image_embeds
+            embeddings = self.encoder((resized(pictures, side) - self.mean) / self.std).image_embeds
         return self.weight * self.projection(embeddings)
 
     def train(self, mode: bool = True) -> Self:
@@ -104,6 +103,42 @@ class ImagePrompt(nn.Module):
         return prompt.eval()
 
 
+class ImageEncoder(nn.Module):
+    """A frozen CLIP image encoder, as it is asked for the embeddings of pictures."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, encoder: CLIPVisionModelWithProjection, processor: CLIPImageProcessor):
+        """processor: gives the mean and standard deviation of the pictures that the encoder has learned."""
+        super().__init__()
+        self.encoder = encoder.requires_grad_(False).eval()
+        for name, values in (("mean", processor.image_mean), ("std", processor.image_std)):
+            self.register_buffer(name, torch.tensor(values).reshape(1, 3, 1, 1), persistent=False)
+
+    @torch.no_grad()
+    def forward(self, pictures: Tensor) -> Tensor:
+        """Projected embeddings float32 (n, D), of no particular length, of pictures (n, 3, H, W) in [0, 1]."""
+        return self._embed((resized(pictures.float(), self._side) - self.mean) / self.std)
+
+    @torch.no_grad()
+    def of_nothing(self) -> Tensor:
+        """The embedding (1, D) of zeros in the place of a normalised picture: what stands for no picture."""
+        return self._embed(torch.zeros(1, 3, self._side, self._side, device=self.mean.device))
+
+    @property
+    def _side(self) -> Any:
+        return self.encoder.config.image_size
+
+    def _embed(self, normalised: Tensor) -> Tensor:
+        return self.encoder(normalised.to(self.encoder.dtype)).image_embeds.float()
+
+
+def resized(pictures: Tensor, side: int) -> Tensor:
+    """Pictures (n, 3, H, W) in [0, 1] at the side that an encoder takes, bicubic with antialiasing."""
+    return F.interpolate(pictures, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
+
+
 def load_image_encoder(source: str, key: str) -> tuple[CLIPVisionModelWithProjection, CLIPImageProcessor]:
     """A CLIP image encoder and how its pictures are normalised.
 
@@ -117,13 +152,20 @@ def load_image_encoder(source: str, key: str) -> tuple[CLIPVisionModelWithProjec
         return _random_encoder(), CLIPImageProcessor()
     folder = Weights(key, source).require()
     encoder = load_network(CLIPVisionModelWithProjection, folder, key, spare=_NO_PICTURES)
+    return encoder, load_processor(folder, key)
+
+
+def load_processor(folder: Path, key: str) -> CLIPImageProcessor:
+    """How pictures are normalised for a CLIP; where the folder says nothing of it, by CLIP's own mean and deviation.
+
+    Raises:
+        UserError: what it says cannot be read; `key` is named.
+    """
     try:
-        # A folder of the encoder alone may say nothing of pictures: CLIP's own mean and deviation then.
         known = (folder / "preprocessor_config.json").is_file()
-        processor = CLIPImageProcessor.from_pretrained(folder, local_files_only=True) if known else CLIPImageProcessor()
+        return CLIPImageProcessor.from_pretrained(folder, local_files_only=True) if known else CLIPImageProcessor()
     except Exception as error:  # the library raises of many kinds; all mean that the file is not what it says
         raise UserError(f"{key}: {folder}/preprocessor_config.json cannot be read: {one_line(error)}") from error
-    return encoder, processor
 
 
 def _random_encoder() -> CLIPVisionModelWithProjection:
