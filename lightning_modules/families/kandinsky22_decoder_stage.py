@@ -15,20 +15,10 @@ from datamodules.batches import Conditions, ImageBatch
 from lightning_modules.base import to_image_range, to_model_range
 from lightning_modules.families.kandinsky22 import KEY, Kandinsky22, Kandinsky22Config, paper_sampler
 from lightning_modules.families.kandinsky22_prior_stage import PriorStage
-from lightning_modules.families.latent_diffusion import (
-    SAMPLERS,
-    Context,
-    Denoised,
-    NoiseConfig,
-    SamplerConfig,
-    guided,
-)
+from lightning_modules.families.latent_diffusion import SAMPLERS, Context, Denoised, NoiseConfig, SamplerConfig, guided
 from lightning_modules.maths.diffusion import SampleRandom, to_original
 from lightning_modules.parts.kandinsky22_folder import DecoderFolder
-from lightning_modules.parts.kandinsky22_shape import (
-    random_movq,
-    random_unet,
-)
+from lightning_modules.parts.kandinsky22_shape import random_movq, random_unet
 from medsynth.errors import UserError
 
 

@@ -11,20 +11,11 @@ from transformers import CLIPImageProcessor
 
 from datamodules.batches import ImageBatch
 from lightning_modules.families.kandinsky22 import KEY, Kandinsky22, Kandinsky22Config, paper_sampler
-from lightning_modules.families.latent_diffusion import (
-    Context,
-    Denoised,
-    NoiseConfig,
-    SamplerConfig,
-    guided,
-)
+from lightning_modules.families.latent_diffusion import Context, Denoised, NoiseConfig, SamplerConfig, guided
 from lightning_modules.maths.diffusion import SampleRandom
 from lightning_modules.parts.image_prompt import ImageEncoder
 from lightning_modules.parts.kandinsky22_folder import PriorFolder
-from lightning_modules.parts.kandinsky22_shape import (
-    random_image_encoder,
-    random_prior,
-)
+from lightning_modules.parts.kandinsky22_shape import random_image_encoder, random_prior
 from lightning_modules.parts.text import TextEncoder, TextEncoderConfig
 from medsynth.errors import UserError
 
