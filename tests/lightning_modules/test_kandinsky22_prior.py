@@ -11,12 +11,13 @@ from torch import Tensor
 
 from datamodules.batches import ImageBatch
 from datamodules.stream import derive_seed
+from jobs.encode import encode
 from jobs.run.config import load_config
-from jobs.run.folder import build_module
+from jobs.run.folder import build_data, build_module, use_cache
 from jobs.train import train
 from lightning_modules.maths.diffusion import SampleRandom
 from tests.conftest import REPOSITORY
-from tests.lightning_modules.test_kandinsky22 import CONDITIONS, PROMPTS, STEPS, built, configured, folders, pipelines
+from tests.lightning_modules.test_kandinsky22 import CONDITIONS, PROMPTS, STEPS, built, folders, pipelines
 
 __all__ = ["folders"]  # a fixture
 
@@ -132,22 +133,25 @@ def test_a_run_logs_the_cosine_of_embeddings(phantom, here):
     assert "eval/fd_random" in values, "scores while training are of pictures"
 
 
-def test_training_from_a_cache_holds_neither_encoder(folders):
-    whole = built("prior", folders)
-    rows = batch()
-    context = whole.embed(PROMPTS)
-    text = dict(zip(PROMPTS, zip(context.embeddings, context.mask, strict=True), strict=True))
-
-    def cached_text(captions: list[str]) -> tuple[Tensor, Tensor]:
-        embeddings, masks = zip(*(text[caption] for caption in captions), strict=True)
-        return torch.stack(embeddings), torch.stack(masks)
-
-    module = build_module(configured("prior", folders))
-    module.use_cache(cached_text)
-    module.configure_model()
-    assert module.image_encoder is None and not isinstance(module.text_encoder, torch.nn.Module)
-    cached = ImageBatch(
-        None, rows.conditions, rows.seeds, rows.is_prior, latents=whole.encode_moments(rows.images),
-        text_embeddings=context.embeddings, text_mask=context.mask,
-    )  # fmt: skip
-    assert torch.equal(module.losses(cached)["loss"], whole.losses(rows)["loss"])
+def test_training_from_a_cache_holds_neither_encoder(folders, phantom, tmp_path):
+    """And has the losses and pictures of an uncached run; the cache is of embeddings and text."""
+    path = REPOSITORY / "configs/tiny/kandinsky22_prior.yaml"
+    paths = [f"model.pretrained={folders['prior']}", f"model.decoder={folders['decoder']}", f"data.root={phantom}"]
+    encode(load_config([path], [*paths, f"run_dir={tmp_path}/run"]), tmp_path / "latents")
+    modules, batches = [], []
+    for latents in ("null", tmp_path / "latents"):
+        config = load_config([path], [*paths, f"data.latents={latents}"])
+        module = build_module(config)
+        use_cache(config, module)
+        module.configure_model()
+        data, _ = build_data(config, module)
+        modules.append(module.eval())
+        batches.append([data.training_set()[3], data.validation_set()[1]])
+        conditions = data.evaluation_conditions(2)
+    whole, lean = modules
+    assert lean.image_encoder is None and not isinstance(lean.text_encoder, torch.nn.Module)
+    for plain, kept in zip(*batches, strict=True):
+        assert kept.images is None and kept.latents.shape == (1, 32) and kept.text_embeddings.shape == (1, 78, 16)
+        for name, loss in whole.losses(plain).items():
+            torch.testing.assert_close(lean.losses(kept)[name], loss, rtol=1e-4, atol=0)
+    torch.testing.assert_close(lean.sample(conditions, [7, 8]), whole.sample(conditions, [7, 8]), rtol=0, atol=2e-5)
