@@ -119,7 +119,11 @@ class ImageEncoder(nn.Module):
     @torch.no_grad()
     def forward(self, pictures: Tensor) -> Tensor:
         """Projected embeddings float32 (n, D), of no particular length, of pictures (n, 3, H, W) in [0, 1]."""
-        return self._embed((resized(pictures.float(), self._side) - self.mean) / self.std)
+        return self._embed(self.normalised(pictures))
+
+    def normalised(self, pictures: Tensor) -> Tensor:
+        """Pictures (n, 3, H, W) in [0, 1] as the encoder takes them."""
+        return (resized(pictures.float(), self._side) - self.mean) / self.std
 
     @torch.no_grad()
     def of_nothing(self) -> Tensor:
