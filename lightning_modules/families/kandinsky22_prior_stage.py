@@ -102,7 +102,7 @@ class PriorStage(Kandinsky22):
         if not self.is_random:
             tokens = self.folder.config("prior")["num_embeddings"]
             config = TextEncoderConfig(source=self.source, max_tokens=tokens, width=self.width)
-        # Kandinsky was trained without a mask of the text, the prior with one.
+        # The encoder reads the padding as Kandinsky's always has; only the prior is given the mask.
         return TextEncoder(config, key=self.key, attend_padding=True, pooled=True, dtype=dtype)
 
     def encode_moments(self, images: Tensor) -> Tensor:
