@@ -112,14 +112,20 @@ class Kandinsky22(LatentDiffusion):
         that draws as here; a network that learned whole in its pipeline's folder."""
         config = self.config.adapter
         if not config.rank:
-            self.export_pipeline(directory, self.network)
+            self._export_whole(directory, self.network)
             return
         self.pipeline_scheduler().save_pretrained(directory / "scheduler")
         # The loader takes rank, alpha and kind from here, and without it alpha for the rank.
         described = {"format": "pt", "lora_adapter_metadata": json.dumps(adapter_metadata(config), sort_keys=True)}
         save_file(adapter_state(self.network), directory / ADAPTER_FILE, described)
         if self.config.export_merged:
-            self.export_pipeline(directory / "merged", merged(self.load_part(), self.network, config))
+            self._export_whole(directory / "merged", merged(self.load_part(), self.network, config))
+
+    def _export_whole(self, directory: Path, network: nn.Module) -> None:
+        self.export_pipeline(directory, network)
+        if not self.is_random:
+            for part in set(self.Folder.parts) - {self.part, "scheduler"}:
+                self.folder.copy(part, directory)
 
     def pipeline_scheduler(self) -> Any:
         """The scheduler with which the stage's pipeline draws as here."""

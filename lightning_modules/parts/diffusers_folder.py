@@ -1,6 +1,7 @@
 """A pipeline's folder in diffusers' layout, whichever pipeline it is: what its files say, and its networks."""
 
 import inspect
+import shutil
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -8,11 +9,14 @@ from typing import Any, ClassVar
 import diffusers
 import torch
 
+from lightning_modules.parts.hub_layout import weight_files
 from lightning_modules.parts.pretrained import load_network
 from lightning_modules.parts.weights import Weights
 from medsynth.errors import UserError
 from medsynth.files import read_object
 from medsynth.loading import one_line
+
+_COPIED = {".json", ".txt", ".model", ".safetensors"}
 
 
 class DiffusersFolder:
@@ -57,6 +61,21 @@ class DiffusersFolder:
     def load(self, part: str, dtype: torch.dtype = torch.float32) -> Any:
         """A network, held in `dtype`."""
         return load_network(self.networks[part], self.path / part, self.key, dtype=dtype)
+
+    def copy(self, part: str, directory: Path) -> None:
+        """Put its own files of a part in the place of those that a pipeline wrote into `directory`: the same network,
+        and the same digest, by which a cache of what it computes is known.
+
+        Where it is in half precision or in pickles, which others cannot or should not read, what was written stays.
+        """
+        source, found = self.path / part, weight_files(self.path / part)
+        if found is not None and (found.variant or not found.safetensors):
+            return
+        shutil.rmtree(directory / part)
+        (directory / part).mkdir()
+        for file in source.iterdir():
+            if file.suffix in _COPIED:
+                shutil.copyfile(file, directory / part / file.name)
 
     def check_classes(self) -> None:
         """Raise UserError where a config says that its network is of another class."""

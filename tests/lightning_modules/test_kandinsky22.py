@@ -161,10 +161,34 @@ def test_what_is_frozen_is_exported_as_it_was_loaded(folders, tmp_path, stage):
         parameter.data = parameter.data.bfloat16()  # as mixed precision holds it
     module.export(tmp_path)
     parts = {"prior": ("text_encoder", "image_encoder"), "decoder": ("movq",)}[stage]
+    exported = build_module(configured(stage, folders | {stage: tmp_path}))
+    assert exported.encoder_digest() == module.encoder_digest(), "a cache of the one is good for the other"
+    assert exported.text_digest() == module.text_digest()
     for part in parts:
         (before,), (after,) = ((root / part).glob("*.safetensors") for root in (folders[stage], tmp_path))
         ours = load_file(after)
         assert all(torch.equal(value, ours[name]) for name, value in load_file(before).items())
+
+
+@pytest.mark.parametrize("variant", ["fp16", "bin"])
+def test_half_precision_and_pickles_are_exported_as_any_pipeline_reads_them(folders, tmp_path, variant):
+    folder = shutil.copytree(folders["decoder"], tmp_path / "decoder")
+    (file,) = (folder / "movq").glob("*.safetensors")
+    state = {name: value.half().float() for name, value in load_file(file).items()}
+    file.unlink()
+    if variant == "bin":
+        torch.save(state, file.with_suffix(".bin"))
+    else:
+        save_file(
+            {name: value.half() for name, value in state.items()},
+            file.with_suffix(".fp16.safetensors"),
+            {"format": "pt"},
+        )
+    module = built("decoder", folders | {"decoder": folder})
+    module.export(tmp_path / "export")
+    ours = KandinskyV22Pipeline.from_pretrained(tmp_path / "export").movq.state_dict()
+    assert all(torch.equal(value, ours[name]) for name, value in state.items())
+    assert not list((tmp_path / "export").rglob("*.bin"))
 
 
 # Sizes
