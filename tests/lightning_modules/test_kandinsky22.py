@@ -264,7 +264,7 @@ def test_stages_of_different_width(folders, tmp_path, stage):
 def changed(folder: Path, to: Path, file: str, **said) -> Path:
     shutil.copytree(folder, to)
     path = to / file
-    path.write_text(json.dumps(json.loads(path.read_text()) | said))
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | said), encoding="utf-8")
     return to
 
 

@@ -173,6 +173,8 @@ def test_a_cache_without_image_embeddings_is_refused(folders, phantom, cache, tm
         CachedLatents(data.source, data.cache, module.digests())
     other = shutil.copytree(folders["prior"], tmp_path / "prior")
     processor = other / "image_processor/preprocessor_config.json"
-    processor.write_text(json.dumps(json.loads(processor.read_text()) | {"image_std": [0.2, 0.2, 0.2]}))
+    processor.write_text(
+        json.dumps(json.loads(processor.read_text(encoding="utf-8")) | {"image_std": [0.2, 0.2, 0.2]}), encoding="utf-8"
+    )
     with pytest.raises(UserError, match="is stale: the image encoder has changed"):
         build_data(config, build_module(load_config([path], [*settings_of(phantom, folders), f"model.prior={other}"])))

@@ -127,7 +127,9 @@ def test_a_run_logs_the_cosine_of_embeddings(phantom, here):
     dtypes = {(p.requires_grad, p.dtype) for p in module.parameters()}
     assert dtypes == {(True, torch.float32), (False, torch.bfloat16)}
     assert module.prior.clip_std.dtype == torch.float32
-    events = [json.loads(line) for line in (here / "run/tracking/events.jsonl").read_text().splitlines()]
+    events = [
+        json.loads(line) for line in (here / "run/tracking/events.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     values = {name: value for event in events for name, value in event.get("values", {}).items()}
     assert -1 <= values["val/embedding_cosine"] <= 1
     assert "eval/fd_random" in values, "scores while training are of pictures"
