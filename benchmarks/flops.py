@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.cell import Batches, Cell
-from lightning_modules.families.stable_diffusion import StableDiffusionBase
+from lightning_modules.families.latent_diffusion import LatentDiffusion
 
 PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12}
 """Dense bf16 FLOP/s of GPUs by a part of their name, from their makers' data sheets; the first that fits counts."""
@@ -25,7 +25,7 @@ def count(run: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-def per_picture(cell: Cell, module: StableDiffusionBase, batches: Batches) -> int:
+def per_picture(cell: Cell, module: LatentDiffusion, batches: Batches) -> int:
     """Model FLOPs of a picture's share of a step, forward and backward, without what checkpointing computes again.
 
     Leaves no gradients behind. module: built, not yet set up for training.

@@ -6,7 +6,7 @@ device. Shapes: pictures (n, 3, R, R) in [-1, 1], latents (n, C, h, w), text (n,
 """
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from benchmarks.cell import Batches, Cell
+from lightning_modules.families.latent_diffusion import DIFFUSERS_SCHEDULES
 from lightning_modules.families.stable_diffusion import StableDiffusionBase
 from lightning_modules.parts.optim import OPTIMIZERS
 
@@ -38,20 +39,20 @@ class Draws(NamedTuple):
 class PlainLoop:
     """Text-to-image fine-tuning; other methods derive from it. It begins with the weights that `module` has now."""
 
-    def __init__(self, cell: Cell, module: StableDiffusionBase, batches: Batches):
+    def __init__(self, cell: Cell, module: Any, batches: Batches):
         """module: built, not yet trained; batches: what `step` reads."""
         self.cell, self.config, self.batches, self.device = cell, module.config, batches, torch.device(cell.device)
         self._shape = (cell.batch, *module.latent_shape())
         noise = module.config.noise
         self.noise_scheduler = DDPMScheduler(
-            noise.steps, beta_start=noise.beta_start, beta_end=noise.beta_end, beta_schedule="scaled_linear"
+            noise.steps,
+            beta_start=noise.beta_start,
+            beta_end=noise.beta_end,
+            beta_schedule=DIFFUSERS_SCHEDULES[noise.schedule],
         )
-        self.scaling = module.vae.config.scaling_factor
-        if not cell.cached:
-            self.vae = self._frozen(module.load_vae(), module.vae)
-            self.text_encoder = self._frozen(module.load_text_encoder().model, module.text_encoder.model)
+        self.take_encoders(module)
         with torch.device(self.device):
-            self.unet = module.load_unet()
+            self.unet = self.load(module)
             self.learned = list(self.build(module))
         optim = module.config.optim
         self.optimizer = OPTIMIZERS[optim.name](
@@ -81,6 +82,21 @@ class PlainLoop:
         return self.error(prediction.float(), draws.noise.float())
 
     # What methods differ in
+
+    def take_encoders(self, module: Any) -> None:
+        """The frozen networks that `encode` asks."""
+        self.scaling = module.vae.config.scaling_factor
+        if not self.cell.cached:
+            self.vae = self._frozen(module.load_vae(), module.vae)
+            self.text_encoder = self._frozen(module.load_text_encoder().model, module.text_encoder.model)
+
+    def load(self, module: Any) -> Any:
+        """The denoiser as it is before training."""
+        return module.load_unet()
+
+    def original(self, module: Any) -> Any:
+        """The module's own denoiser."""
+        return module.unet
 
     def build(self, module: StableDiffusionBase) -> Iterable[nn.Parameter]:
         """Make the networks beside the U-Net and return what learns."""
@@ -136,11 +152,85 @@ class LoRA(PlainLoop):
         adapter = self.config.adapter
         self.unet.requires_grad_(False)
         self.unet.add_adapter(LoraConfig(r=adapter.rank, lora_alpha=adapter.rank, target_modules=list(adapter.targets)))
-        self._trained(self.unet, module.unet)
+        self._trained(self.unet, self.original(module))
         for parameter in self.unet.parameters():
             if not parameter.requires_grad:
                 parameter.data = parameter.data.to(self.cell.dtype)
         return (parameter for parameter in self.unet.parameters() if parameter.requires_grad)
+
+
+class KandinskyPrior(LoRA):
+    """Low-rank updates of Kandinsky 2.2's prior, which predicts the clean embedding; min-SNR weights."""
+
+    def take_encoders(self, module: Any) -> None:
+        statistics = (module.prior.clip_mean, module.prior.clip_std)
+        self.mean, self.std = (value.to(self.device, self.cell.dtype) for value in statistics)
+        if not self.cell.cached:
+            self.image_encoder = self._frozen(module.load_image_encoder().encoder, module.image_encoder.encoder)
+            self.text_encoder = self._frozen(module.load_text_encoder().model, module.text_encoder.model)
+
+    def load(self, module: Any) -> Any:
+        return module.load_part()
+
+    def original(self, module: Any) -> Any:
+        return module.network
+
+    def loss(self, batch: dict[str, Tensor], draws: Draws) -> Tensor:
+        embeddings, words, caption = self._told(batch)
+        original = (embeddings - self.mean) / self.std
+        noisy = self.noise_scheduler.add_noise(original, draws.noise, draws.steps)
+        with self.autocast():
+            prediction = self.unet(
+                noisy, draws.steps, proj_embedding=caption, encoder_hidden_states=words,
+                attention_mask=batch["attention_mask"][:, : words.shape[1]],
+            ).predicted_image_embedding  # fmt: skip
+        error = (prediction.float() - original.float()).square().mean(1)
+        return (error * self._snr(draws.steps).clamp(max=self.config.min_snr_gamma)).mean()
+
+    @torch.no_grad()
+    def _told(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Embeddings of pictures, of words, and of captions."""
+        dtype = self.cell.dtype
+        if self.cell.cached:
+            text = batch["prompt_embeds"].to(dtype)
+            return batch["moments"].to(dtype).chunk(2, dim=1)[0], text[:, :-1], text[:, -1]
+        text = self.text_encoder(batch["input_ids"])
+        embeddings = self.image_encoder(batch["clip_pixel_values"].to(dtype)).image_embeds
+        return embeddings, text.last_hidden_state, text.text_embeds
+
+    def _snr(self, steps: Tensor) -> Tensor:
+        alpha_bar = self.noise_scheduler.alphas_cumprod.to(self.device)[steps]
+        return alpha_bar / (1 - alpha_bar)
+
+
+class KandinskyDecoder(KandinskyPrior):
+    """Low-rank updates of Kandinsky 2.2's decoder, which predicts the noise; min-SNR weights."""
+
+    def take_encoders(self, module: Any) -> None:
+        if self.cell.cached:
+            return
+        prior = module.prior
+        self.image_encoder = self._frozen(prior.load_image_encoder().encoder, prior.image_encoder.encoder)
+        self.movq = self._frozen(module._load_movq(), module.movq)
+
+    def loss(self, batch: dict[str, Tensor], draws: Draws) -> Tensor:
+        latents, embeddings = self._seen(batch)
+        noisy = self.noise_scheduler.add_noise(latents, draws.noise, draws.steps)
+        with self.autocast():
+            told = {"image_embeds": embeddings}
+            output = self.unet(noisy, draws.steps, encoder_hidden_states=None, added_cond_kwargs=told).sample
+        error = (output.float().chunk(2, dim=1)[0] - draws.noise.float()).square().mean(dim=(1, 2, 3))
+        snr = self._snr(draws.steps)
+        return (error * snr.clamp(max=self.config.min_snr_gamma) / snr).mean()
+
+    @torch.no_grad()
+    def _seen(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Latents and embeddings of pictures."""
+        dtype = self.cell.dtype
+        if self.cell.cached:
+            return batch["moments"].to(dtype).chunk(2, dim=1)[0], batch["image_embeds"].to(dtype)
+        embeddings = self.image_encoder(batch["clip_pixel_values"].to(dtype)).image_embeds
+        return self.movq.encode(batch["pixel_values"].to(dtype)).latents, embeddings
 
 
 class ControlNet(PlainLoop):
@@ -279,6 +369,8 @@ LOOPS = {
     "llcm": LLCM,
     "hypernetwork": Hypernetwork,
     "dreambooth": DreamBooth,
+    "kandinsky22_prior_lora": KandinskyPrior,
+    "kandinsky22_decoder_lora": KandinskyDecoder,
 }
 """The plain loop of each method."""
 

@@ -61,7 +61,9 @@ def main(
         rows = [measured(pair, rounds, time.process_time if clock == "cpu" else time.perf_counter) for pair in peers]
     _print(rows)
     if file:
-        file.write_text(json.dumps({"machine": _machine(), "clock": clock, "rows": rows}, indent=1) + "\n")
+        file.write_text(
+            json.dumps({"machine": _machine(), "clock": clock, "rows": rows}, indent=1) + "\n", encoding="utf-8"
+        )
 
 
 def measured(pair: Peers, rounds: int, clock: Callable[[], float]) -> dict[str, Any]:

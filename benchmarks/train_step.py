@@ -25,7 +25,7 @@ from benchmarks.cell import METHODS, SHAPES, Cell
 
 Row = dict[str, Any]
 
-_GPU = {"shape": "sd15", "resolution": "256,512", "precision": "bf16-mixed", "batch": 8}
+_GPU = {"shape": None, "resolution": "256,512", "precision": "bf16-mixed", "batch": 8}
 _CPU = {"shape": "tiny", "resolution": "32", "precision": "32-true", "batch": 4}
 _LARGEST = 1024
 _CLOCK = "cpu: processor time of one thread, on a machine that has other work too."
@@ -45,7 +45,9 @@ _KEY = (
 
 @click.command()
 @click.option("--methods", default=",".join(METHODS), show_default=True, help="Some of them, with commas.")
-@click.option("--shape", type=click.Choice(list(SHAPES)), help="Networks. [default: sd15 on a GPU, else tiny]")
+@click.option(
+    "--shape", type=click.Choice(list(SHAPES)), help="Networks. [default: the published ones on a GPU, else tiny]"
+)
 @click.option("--resolution", help="Sides of the pictures, pixels, with commas. [default: 256,512 on a GPU, else 32]")
 @click.option("--batch", type=int, help="Pictures a step; where a sweep begins. [default: 8 on a GPU, else 4]")
 @click.option("--precision", type=click.Choice(["32-true", "bf16-mixed"]), help="[default: bf16-mixed on a GPU]")
@@ -81,7 +83,6 @@ def main(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     default = _GPU if device == "cuda" else _CPU
     common = {
-        "shape": shape or default["shape"],
         "precision": precision or default["precision"],
         "batch": batch or default["batch"],
         "device": device,
@@ -95,14 +96,22 @@ def main(
         raise click.BadParameter(f"{unknown[0]} is not one of {', '.join(METHODS)}", param_hint="--methods")
     options = list(product((False, True), repeat=2)) if sweep else [(compiled, checkpointing)]
     cells = [
-        Cell(method, resolution=side, cached=cached, compile=c, checkpointing=again, **common)
+        Cell(
+            method,
+            shape or default["shape"] or METHODS[method],
+            resolution=side,
+            cached=cached,
+            compile=c,
+            checkpointing=again,
+            **common,
+        )
         for method, side, (c, again), cached in product(names, sides, options, (False, True))
     ]
     rows = _read(file)
     for _ in _measured(cells, rows, sweep, rounds, steps, minutes):
         _add_gain_of_cache(rows)
         if file:
-            file.write_text(json.dumps(rows, indent=1) + "\n")
+            file.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     keys = {_key(row) for row in (_row(cell, sweep) for cell in cells)}
     _print([row for row in rows if _key(row) in keys])
 
@@ -244,7 +253,7 @@ def _add_gain_of_cache(rows: list[Row]) -> None:
 
 
 def _read(file: Path | None) -> list[Row]:
-    return json.loads(file.read_text()) if file and file.is_file() else []
+    return json.loads(file.read_text(encoding="utf-8")) if file and file.is_file() else []
 
 
 def _machine(device: str) -> dict[str, Any]:

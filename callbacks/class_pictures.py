@@ -1,20 +1,20 @@
 """Class pictures of a prior-preservation loss, drawn once by the model as it is before training."""
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 
 from callbacks.lightning_types import data_of, generative, loggers_of
+from callbacks.samples import as_png
 from datamodules.batches import DRAWN_FILE, Conditions, Drawing, undrawn
 from lightning_modules.base import GenerativeModule
 from medsynth.errors import UserError
+from medsynth.files import put_whole, read_object
 from metrics.images import quantise
 
 
@@ -81,7 +81,7 @@ def draw_missing(
         conditions = Conditions(captions=[drawing.caption for drawing in batch])
         images = quantise(module.sample(conditions, [drawing.seed for drawing in batch]))
         for drawing, pixels in zip(batch, images.permute(0, 2, 3, 1).cpu().numpy(), strict=True):
-            _write(drawing.path, lambda file, pixels=pixels: Image.fromarray(pixels).save(file, format="PNG"))
+            _write(drawing.path, as_png(pixels))
         if on_progress:
             on_progress(len(drawings) - len(undrawn(drawings)), len(drawings))
     module.train(training)
@@ -97,7 +97,7 @@ def _claim(drawings: list[Drawing], facts: dict[str, Any]) -> None:
         found = _read(folder / DRAWN_FILE)
         if found is None:
             text = json.dumps(wanted, indent=2) + "\n"
-            _write(folder / DRAWN_FILE, lambda file, text=text: file.write(text.encode()))
+            _write(folder / DRAWN_FILE, text.encode())
         elif differing := sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key)):
             key = differing[0]
             raise UserError(
@@ -110,19 +110,14 @@ def _read(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text())
+        return read_object(path)
     except (OSError, ValueError):
         raise UserError(f"{path} is damaged: remove its folder, and the pictures are drawn anew") from None
 
 
-def _write(path: Path, write: Callable[[Any], Any]) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+def _write(path: Path, content: bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
+        put_whole(path, content)
     except OSError as error:
         raise UserError(f"data.class_folder: {path} cannot be written: {error.strerror}") from None

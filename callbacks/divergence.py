@@ -108,7 +108,7 @@ def is_sound(trainer: L.Trainer) -> bool:
 def _is_not_finite(trainer: L.Trainer, module: L.LightningModule, loss: Tensor) -> Tensor:
     """1 or 0 on the device."""
     if getattr(trainer.precision_plugin, "scaler", None) is None:
-        norm = getattr(module, "gradient_norm", None)
+        norm = cast("Tensor | None", getattr(module, "gradient_norm", None))
         if norm is not None:
             loss = loss + norm
         elif any(getattr(optimizer, "overflow", False) for optimizer in trainer.optimizers):  # DeepSpeed's own finding

@@ -1,12 +1,9 @@
 """How a checkpoint is written, verified and found: a folder that is whole or known to be damaged."""
 
-import hashlib
-import json
 import os
 import shutil
 import stat
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from enum import Enum
 from pathlib import Path, PurePath
 from typing import Any
@@ -22,23 +19,17 @@ from torch import Tensor
 
 from callbacks.ema import EMA
 from callbacks.finite import NotFinite, first_not_finite
+from callbacks.manifest import MANIFEST, CheckpointDamaged, listed, read_manifest, verified, write_manifest
 from callbacks.sharding import Held, ShardedTensors, by_number, write_shard
 from medsynth.errors import UserError
-from medsynth.files import sha256_of, sync
+from medsynth.files import disk_fault, remove, sync
+from medsynth.loading import one_line
+from medsynth.pickled import read_pickled
 
-WEIGHTS, AVERAGE, STATE, MANIFEST = "weights.safetensors", "ema.safetensors", "state.pt", "manifest.json"
+WEIGHTS, AVERAGE, STATE = "weights.safetensors", "ema.safetensors", "state.pt"
 SHARD = "shard-{:05d}-of-{:05d}.safetensors"
 BEST, LAST = "best.ckpt", "last.ckpt"
-FORMAT = 1
 _FINITE = "finite"  # in a manifest: weights and average were looked through; earlier versions did not
-
-
-class CheckpointDamaged(UserError):  # noqa: N818
-    """A checkpoint is not what was saved. `reason` names the file and what is wrong with it."""
-
-    def __init__(self, path: Path, reason: str):
-        super().__init__(f"checkpoint {path} is damaged: {reason}. Use another checkpoint of the run")
-        self.reason = reason
 
 
 class DurableCheckpointIO(CheckpointIO):
@@ -100,8 +91,16 @@ class DurableCheckpointIO(CheckpointIO):
             CheckpointDamaged: as `load_checkpoint`.
         """
         path = Path(path)
-        manifest = _verified(path)
-        checkpoint = torch.load(path / STATE, map_location=device, weights_only=True)
+        manifest = verified(path)
+        try:
+            return self._opened(path, manifest, device)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whole, and yet not what a save makes: it fails wherever it is first missed
+            raise CheckpointDamaged(path, f"it holds no training ({one_line(error)})") from error
+
+    def _opened(self, path: Path, manifest: Mapping[str, Any], device: str) -> dict[str, Any]:
+        checkpoint = read_pickled(path / STATE, device)
         shards = [path / name for name in manifest["files"] if name.startswith("shard-")]
         average = checkpoint.get("callbacks", {}).get(EMA.state_key)
         if shards:
@@ -122,30 +121,10 @@ class DurableCheckpointIO(CheckpointIO):
                 _discard(found, target)
 
 
-def read_manifest(path: str | Path) -> dict[str, Any]:
-    """`manifest.json` of the checkpoint `path`: format, global_step, epoch, finite, files; a best one's metric too.
-
-    Raises:
-        CheckpointDamaged: there is none, it is not what was saved, or a later version of this package wrote it.
-    """
-    path = Path(path)
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointDamaged(path, f"{MANIFEST} cannot be read ({error.strerror})") from error
-    except ValueError:
-        manifest = None
-    if not isinstance(manifest, dict) or manifest.pop("sha256", None) != _manifest_digest(manifest):
-        raise CheckpointDamaged(path, f"{MANIFEST} is not what was saved")
-    if manifest["format"] != FORMAT:
-        raise CheckpointDamaged(path, f"{MANIFEST} has format {manifest['format']}, and this version reads {FORMAT}")
-    return manifest
-
-
 def verify(path: str | Path) -> str | None:
     """None when the checkpoint `path` is what was saved, and finite, else the file and what is wrong with it."""
     try:
-        if _verified(Path(path)).get(_FINITE):
+        if verified(Path(path)).get(_FINITE):
             return None
         unfit = first_not_finite(DurableCheckpointIO().open_checkpoint(path))  # an earlier version's
     except CheckpointDamaged as damage:
@@ -197,7 +176,7 @@ def _aside(target: Path) -> Path:
 def _remove_leftovers(target: Path) -> None:
     """Remove what a killed save of `target` left; the older checkpoint only where the new one got into its place."""
     for leftover in target.parent.glob(f".{target.name}.tmp-*"):
-        shutil.rmtree(leftover)
+        remove(leftover)
     if target.exists() and _aside(target).exists():
         _discard(_aside(target), target)
 
@@ -211,7 +190,7 @@ def _save_alone(checkpoint: Mapping[str, Any], target: Path, notes: Mapping[str,
         _write(checkpoint, temporary, notes)
         _put_in_place(temporary, target)
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise _unwritten(target, str(error)) from error
+        raise _unwritten(target, disk_fault(error) or str(error)) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # after a success there is none
 
@@ -242,7 +221,8 @@ def _agreed(work: Callable[[], Any], target: Path) -> list[Any]:
     except Exception as error:  # of whatever kind: the others must hear of it
         failure = error
     outcomes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(outcomes, (result, None if failure is None else f"{type(failure).__name__}: {failure}"))
+    said = None if failure is None else disk_fault(failure) or f"{type(failure).__name__}: {failure}"
+    dist.all_gather_object(outcomes, (result, said))
     if isinstance(failure, TypeError):
         raise failure
     told = [f"process {rank}: {message}" for rank, (_, message) in enumerate(outcomes) if message]
@@ -268,7 +248,7 @@ def _write(checkpoint: Mapping[str, Any], directory: Path, notes: Mapping[str, A
     save_file(_separate(weights), directory / WEIGHTS)
     if average is not None:
         save_file(_separate(average), directory / AVERAGE)
-    _write_manifest(directory, notes, _listed(sorted(directory.iterdir())))
+    write_manifest(directory, notes, listed(sorted(directory.iterdir())))
     for file in directory.iterdir():
         shutil.copymode(directory / STATE, file)  # safetensors writes for the owner alone
         sync(file)
@@ -292,11 +272,11 @@ def _write_part(checkpoint: Mapping[str, Any], directory: Path, rank: int, world
     for file in files:
         file.chmod(stat.S_IMODE(directory.stat().st_mode) & 0o666)  # safetensors writes for the owner alone
         sync(file)
-    return _listed(files)
+    return listed(files)
 
 
 def _finish(temporary: Path, target: Path, notes: Mapping[str, Any], written: list[dict[str, Any]]) -> None:
-    _write_manifest(temporary, notes, {name: facts for files in written for name, facts in files.items()})
+    write_manifest(temporary, notes, {name: facts for files in written for name, facts in files.items()})
     sync(temporary / MANIFEST)
     sync(temporary)
     _put_in_place(temporary, target)
@@ -341,19 +321,6 @@ def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return separate
 
 
-def _listed(files: list[Path]) -> dict[str, Any]:
-    """What the manifest says of files."""
-    with ThreadPoolExecutor() as pool:
-        digests = list(pool.map(sha256_of, files))
-    return {f.name: {"bytes": f.stat().st_size, "sha256": d} for f, d in zip(files, digests, strict=True)}
-
-
-def _write_manifest(directory: Path, entries: Mapping[str, Any], files: Mapping[str, Any]) -> None:
-    manifest = {"format": FORMAT, **entries, "files": files}
-    text = json.dumps({**manifest, "sha256": _manifest_digest(manifest)}, indent=2)
-    (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
-
-
 def _put_in_place(temporary: Path, target: Path) -> None:
     aside = _aside(target)
     if target.exists():
@@ -369,30 +336,4 @@ def _discard(path: Path, target: Path) -> None:
     doomed = _temporary(target, "removed")
     path.rename(doomed)
     sync(doomed.parent)
-    shutil.rmtree(doomed)
-
-
-def _verified(path: Path) -> dict[str, Any]:
-    """The manifest of the checkpoint `path`, after a check of all its files."""
-    manifest = read_manifest(path)
-    files = [path / name for name in manifest["files"]]
-    with ThreadPoolExecutor() as pool:
-        faults = list(pool.map(_fault, files, manifest["files"].values()))
-    for file, fault in zip(files, faults, strict=True):
-        if fault:
-            raise CheckpointDamaged(path, f"{file.name} {fault}")
-    return manifest
-
-
-def _fault(file: Path, saved: Mapping[str, Any]) -> str | None:
-    try:
-        size = file.stat().st_size
-        if size != saved["bytes"]:
-            return f"has {size} bytes, and {saved['bytes']} were saved"
-        return None if sha256_of(file) == saved["sha256"] else "is not what was saved (its SHA-256 differs)"
-    except OSError as error:
-        return f"cannot be read ({error.strerror})"
-
-
-def _manifest_digest(manifest: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    remove(doomed)

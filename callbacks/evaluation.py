@@ -1,26 +1,30 @@
 """Scores generated pictures while training, on all processes at once."""
 
 import hashlib
-import os
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from callbacks.lightning_types import data_of, generative, loggers_of
-from callbacks.samples import draw_grid
+from callbacks.samples import as_png, draw_grid
 from datamodules.base import REFERENCE_READING, SizedDataset
 from datamodules.batches import collate
 from datamodules.stream import EvaluationSampler, derive_seed
 from lightning_modules.base import GenerativeModule
 from medsynth.errors import UserError
+from medsynth.files import put_whole
 from medsynth.ranges import choice, number
 from metrics.extractors import EXTRACTORS, FeatureExtractor, build_extractor
 from metrics.images import are_finite, quantise
@@ -89,6 +93,7 @@ class Evaluation(L.Callback):
         if config.images:
             self._extractor = build_extractor(config.extractor, config.weights)
         self._validations = 0
+        self._unwritten: set[Path] = set()  # folders of which it was said that nothing can be written there
 
     def state_dict(self) -> dict[str, int]:
         return {"validations": self._validations}
@@ -165,16 +170,18 @@ class Evaluation(L.Callback):
         key = (data.fingerprint(), self.config.reference, data.config.resolution, features, REFERENCE_READING)
         name = hashlib.sha256(repr(key).encode()).hexdigest()[:24]
         path = Path(self.config.cache).expanduser() / f"reference-{name}.safetensors"
-        # Rank 0 decides for all: another run may be writing the file right now.
-        if not trainer.strategy.broadcast(path.is_file()):
-            for rows in self._turns(trainer, len(reals), "real pictures"):
-                images = torch.stack([reals[max(i, 0)] for i in rows])
-                metrics.update_real(images, torch.tensor(rows))
-            state = metrics.real_state()
-            if trainer.is_global_zero:
-                _write_atomically(state, path)
-            trainer.strategy.barrier("reference statistics")
-        metrics.load_real_state(load_file(path))
+        kept = _kept(path)
+        # All agree: another run may be writing the file right now.
+        if trainer.strategy.reduce_boolean_decision(kept is not None, all=True) and kept is not None:
+            metrics.load_real_state(kept)
+            return
+        for rows in self._turns(trainer, len(reals), "real pictures"):
+            images = torch.stack([reals[max(i, 0)] for i in rows])
+            metrics.update_real(images, torch.tensor(rows))
+        state = metrics.real_state()
+        if trainer.is_global_zero:
+            with self._dispensable(path):
+                put_whole(path, save({key: value.contiguous().cpu() for key, value in state.items()}))
 
     def _required_extractor(self) -> FeatureExtractor:
         assert self._extractor is not None  # where pictures are scored
@@ -198,10 +205,22 @@ class Evaluation(L.Callback):
     @rank_zero_only
     def _save_grid(self, trainer: L.Trainer, images: Tensor, captions: list[str]) -> None:
         path = self.run_dir / "grids" / f"step-{trainer.global_step:07d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draw_grid(images, captions).save(path)
+        grid = np.asarray(draw_grid(images, captions))
+        with self._dispensable(path):
+            put_whole(path, as_png(grid))
         for logger in loggers_of(trainer):
-            logger.log_image("eval/grid", path, step=trainer.global_step)
+            logger.log_image("eval/grid", grid, step=trainer.global_step)
+
+    @contextmanager
+    def _dispensable(self, path: Path) -> Iterator[None]:
+        """Make the folder of a file that is written inside; where that fails training goes on, with one warning."""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield
+        except OSError as error:
+            if path.parent not in self._unwritten:
+                warnings.warn(f"{path} cannot be written: {error.strerror}. Training goes on without it")
+            self._unwritten.add(path.parent)
 
 
 def _agreed_finite(trainer: L.Trainer, images: Tensor) -> Tensor:
@@ -211,8 +230,9 @@ def _agreed_finite(trainer: L.Trainer, images: Tensor) -> Tensor:
     return images
 
 
-def _write_atomically(state: dict[str, Tensor], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({key: value.contiguous().cpu() for key, value in state.items()}, temporary)
-    temporary.replace(path)
+def _kept(path: Path) -> dict[str, Tensor] | None:
+    """Statistics of real pictures that an earlier run kept; None where there are none, or they cannot be read."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError):
+        return None

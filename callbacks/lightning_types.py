@@ -1,9 +1,9 @@
 """What Lightning hands to callbacks by a type too wide, by the type that it has here."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import lightning as L
+import numpy as np
 
 if TYPE_CHECKING:
     from datamodules.base import ImageDataModule
@@ -15,7 +15,7 @@ class RunLogger(Protocol):
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None: ...
 
-    def log_image(self, name: str, path: Path, step: int) -> None: ...
+    def log_image(self, name: str, picture: np.ndarray, step: int) -> None: ...
 
     def set_tags(self, tags: dict[str, str]) -> None: ...
 

@@ -25,7 +25,7 @@ from callbacks.divergence import Diverged
 from callbacks.durable import read_manifest
 from medsynth.errors import UserError
 from medsynth.exit_codes import INTERRUPTED, NO_PROGRESS, PREEMPTED
-from medsynth.files import write_whole
+from medsynth.files import read_object, write_whole
 from medsynth.ranges import number
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
@@ -347,10 +347,10 @@ class Preemption(Checkpoint):
     def _count(self, step: int) -> int:
         """Starts from this step, this one among them, kept in the run directory."""
         try:
-            before = json.loads(self._attempts.read_text())
-        except (OSError, ValueError):
-            before = {"step": step, "starts": 0}
-        starts = before["starts"] + 1 if before["step"] == step else 1
+            before = read_object(self._attempts)
+            starts = before["starts"] + 1 if before["step"] == step else 1
+        except (OSError, ValueError, KeyError, TypeError):
+            starts = 1
         with suppress(OSError):  # a full disk costs the count, and not the run
             self._attempts.parent.mkdir(parents=True, exist_ok=True)
             write_whole(self._attempts, json.dumps({"step": step, "starts": starts}) + "\n")

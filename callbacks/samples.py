@@ -1,7 +1,9 @@
 """Pictures beside the prompts they were made for."""
 
 import textwrap
+from io import BytesIO
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -30,3 +32,10 @@ def draw_grid(images: Tensor, captions: list[str], columns: int = 4, side: int =
         sheet.paste(picture.resize((wide, side), Image.Resampling.BICUBIC), (x, y))
         draw.multiline_text((x, y + side + 4), text, fill="black", font=font, spacing=3)
     return sheet
+
+
+def as_png(pixels: np.ndarray) -> bytes:
+    """The file of uint8 pixels (H, W, 3)."""
+    content = BytesIO()
+    Image.fromarray(pixels).save(content, format="PNG")
+    return content.getvalue()

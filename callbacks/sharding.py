@@ -16,6 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from medsynth.files import parse_json
+
 _LAYOUT = "layout"  # key in a shard file's metadata: where each of its ranges begins, and the whole tensor's shape
 
 
@@ -229,7 +231,7 @@ class ShardedTensors(Mapping[str, Tensor]):
         self.shapes: dict[str, torch.Size] = {}  # of the whole tensors
         self._parts: dict[str, list[tuple[int, int, Any]]] = {}  # start, stop, file
         for file in self._files:
-            for key, (start, *shape) in json.loads(file.metadata()[_LAYOUT]).items():
+            for key, (start, *shape) in parse_json(file.metadata()[_LAYOUT]).items():
                 if key.startswith(prefix):
                     self._add(key.removeprefix(prefix), start, shape, file)
 

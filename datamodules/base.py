@@ -1,6 +1,8 @@
 """The DataModule that every data set derives from."""
 
 import json
+import math
+import shutil
 import signal
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -16,7 +18,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from datamodules.batches import Conditions, Drawing, ImageBatch, Sample
 from datamodules.files.control_folder import OwnControls
-from datamodules.stream import EvaluationSampler, PlainLoader, SampleOrder, StreamBatchSampler, StreamLoader
+from datamodules.stream import (
+    EvaluationSampler,
+    PlainLoader,
+    SampleOrder,
+    StreamBatchSampler,
+    StreamLoader,
+    require_sockets,
+)
 from medsynth.errors import UserError
 from medsynth.files import write_whole
 from medsynth.ranges import number
@@ -43,6 +52,8 @@ class DataConfig:
     latents: Optional[str] = None
     """Folder that `medsynth encode` wrote: training reads latents from it instead of pictures."""
 
+
+_SHARED_MEMORY = Path("/dev/shm")
 
 REFERENCE_READING = 2
 """Raised when the same files become other reference pictures, so that statistics kept of them are computed anew."""
@@ -229,6 +240,24 @@ class ImageDataModule(L.LightningDataModule, ABC, Generic[ConfigT]):
         dataset = self.validation_set()
         sampler = EvaluationSampler(len(dataset), self.batch_size, *self._rank_and_world())
         return PlainLoader(dataset, batch_sampler=sampler, **self._loading())
+
+    def require_room(self, processes: int = 1) -> None:
+        """Raise UserError where workers have no way to hand over batches, or /dev/shm no room for those that they have
+        ready in all processes here: before training, not in the first validation, whose workers come on top."""
+        if self.config.workers:
+            require_sockets()
+        if self.config.workers and _SHARED_MEMORY.is_dir():
+            validation, ahead = self.validation_set(), 2 * self.config.workers  # torch's prefetch factor
+            batches = ahead + min(ahead, math.ceil(len(validation) / self.batch_size))
+            needed = validation[0].nbytes * self.batch_size * batches * processes
+            free = shutil.disk_usage(_SHARED_MEMORY).free
+            if needed > free:
+                size = math.ceil(needed / 2**20)
+                raise UserError(
+                    f"data.workers={self.config.workers}: the batches that workers have ready take {size} MiB of "
+                    f"{_SHARED_MEMORY}, which has {free // 2**20} MiB: give the container --shm-size={2 * size}m, or "
+                    f"set data.workers={int(self.config.workers * free / needed)}"
+                )
 
     def state_dict(self) -> dict[str, int]:
         position = self._loader.position if self._loader else self._position

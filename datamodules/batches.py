@@ -36,6 +36,11 @@ class _Rows:
         moved = {k: v.to(device, non_blocking=non_blocking) if hasattr(v, "to") else v for k, v in moved.items()}
         return replace(self, **moved)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(getattr(getattr(self, f.name), "nbytes", 0) for f in fields(self))
+
     def pin_memory(self) -> Self:
         """The same rows in page-locked memory, for the DataLoader."""
         pinned = {f.name: getattr(self, f.name) for f in fields(self)}

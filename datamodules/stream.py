@@ -5,7 +5,11 @@ that pass's permutation. Order, augmentation and training noise are functions of
 whoever draws position p gets the same picture, prompt and noise, on one process or on eight, before a restart or after.
 """
 
+import errno
 import hashlib
+import multiprocessing.queues
+import socket
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -89,16 +93,37 @@ class PlainLoader(DataLoader):
     It takes what has items and a length; its `dataset` is another object, of the same items.
     """
 
-    def __init__(self, dataset: Any, *, collate_fn: Callable = collate, **kwargs: Any):
-        super().__init__(_Told(dataset), collate_fn=partial(_collate_told, collate_fn), **kwargs)
+    def __init__(
+        self,
+        dataset: Any,
+        *,
+        collate_fn: Callable = collate,
+        worker_init_fn: Callable[[int], None] | None = None,
+        **kwargs: Any,
+    ):
+        if kwargs.get("num_workers"):
+            require_sockets()
+        begin = partial(_begin_worker, worker_init_fn)
+        told = partial(_collate_told, collate_fn)
+        super().__init__(_Told(dataset), collate_fn=told, worker_init_fn=begin, **kwargs)
 
     # pyrefly: ignore[bad-override]  # torch's annotation promises its own private iterator
     def __iter__(self) -> Iterator[Any]:
-        for batch in super().__iter__():
+        batches = super().__iter__()
+        while (batch := self._next(batches)) is not None:
             if isinstance(batch, _Mistake):
                 self._end_workers()
                 raise batch.error
             yield batch
+
+    def _next(self, batches: Iterator[Any]) -> Any:
+        """The next batch, None behind the last, a mistake where this process can open no more files."""
+        try:
+            return next(batches, None)
+        except RuntimeError as error:
+            if "Too many open files" not in str(error):
+                raise
+            return _Mistake(_not_handed_over(error))
 
     def _end_workers(self) -> None:
         """End workers that are kept between passes: they are deaf to the signal by which Python would end them."""
@@ -112,6 +137,37 @@ class _Mistake:
     """What a worker hands over in the place of a sample."""
 
     error: UserError
+
+
+def _begin_worker(also: Callable[[int], None] | None, number: int) -> None:
+    """Begin a worker: what it cannot hand over it tells, for else the one that waits for it would wait for ever."""
+    multiprocessing.queues.Queue._on_queue_feeder_error = _tell  # which only prints it
+    if also is not None:
+        also(number)
+
+
+def _tell(queue: Any, error: Exception, item: tuple[int, Any]) -> None:
+    queue.put((item[0], _Mistake(_not_handed_over(error))))
+
+
+def _not_handed_over(error: Exception) -> UserError:
+    """Why a batch does not reach the process that waits for it, and what helps."""
+    said = str(error).splitlines()[0]
+    mend = "let TMPDIR be a folder with a short path that can be written"
+    if "/torch_" in said or getattr(error, "errno", None) == errno.ENOSPC:
+        mend = "/dev/shm is too small: start the container with a larger --shm-size"
+    if "Too many open files" in said or getattr(error, "errno", None) == errno.EMFILE:
+        said, mend = "too many open files", "raise `ulimit -n`"
+    return UserError(f"a worker cannot hand over what it has read ({said}): {mend}; or take fewer workers, or 0")
+
+
+def require_sockets() -> None:
+    """Raise UserError where workers could not hand over anything: they do so by sockets among the temporary files."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="pymp-") as folder, socket.socket(socket.AF_UNIX) as trial:
+            trial.bind(f"{folder}/listener-12345678")  # as long as multiprocessing's
+    except OSError as error:
+        raise _not_handed_over(error) from None
 
 
 class _Told(Dataset):

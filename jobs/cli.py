@@ -12,8 +12,10 @@ from collections.abc import Callable
 import click
 
 from medsynth import __version__
-from medsynth.errors import UserError
+from medsynth.errors import UserError, naming_lost_workers
 from medsynth.exit_codes import INTERRUPTED, USER_ERROR
+from medsynth.process import settle
+from medsynth.secrets import without_secrets
 
 COMMANDS = {
     "train": "Train a method from config files.",
@@ -81,13 +83,20 @@ def _wait_briefly() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 
+def _shown(message: str) -> str:
+    """A message without passwords, and without what a terminal would obey in the name of a file."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in without_secrets(message))
+
+
 def run_command(command: click.Command | Callable[[], click.Command], name: str) -> None:
     """Run a click command, or what gives one. A user's mistake is one line on standard error and exit code 2; Ctrl-C
     ends it with 130, without a traceback."""
     _wait_briefly()
     try:
+        settle()
         found = command if isinstance(command, click.Command) else command()
-        found.main(prog_name=name, standalone_mode=False)
+        with naming_lost_workers():
+            found.main(prog_name=name, standalone_mode=False)
     except click.UsageError as error:
         error.show()
         sys.exit(USER_ERROR)
@@ -96,7 +105,7 @@ def run_command(command: click.Command | Callable[[], click.Command], name: str)
         click.echo("medsynth: interrupted", err=True)
         sys.exit(INTERRUPTED)
     except UserError as error:
-        click.echo(f"medsynth: {error}", err=True)
+        click.echo(f"medsynth: {_shown(str(error))}", err=True)
         sys.exit(error.exit_code)
     finally:
         for number in (signal.SIGUSR1, signal.SIGTERM):  # srun sends one to all once the first has left

@@ -5,6 +5,8 @@ from pathlib import Path
 import click
 
 from jobs.report import options
+from medsynth.errors import UserError
+from medsynth.files import write_whole
 
 
 @click.command()
@@ -40,8 +42,12 @@ def main(
     if not no_html:
         from jobs.report.page import render_page
 
-        html.parent.mkdir(parents=True, exist_ok=True)
-        html.write_text(render_page(comparison, found, client, public_uri(uri)), encoding="utf-8")
+        page = render_page(comparison, found, client, public_uri(uri))
+        try:
+            html.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(html, page)
+        except OSError as error:
+            raise UserError(f"--html {html} cannot be written: {error.strerror}; choose another file") from None
         click.echo(f"page: {html}")
 
 

@@ -112,6 +112,7 @@ def _launch(hardware: Any) -> "Fabric":
     from lightning.fabric.strategies import DDPStrategy
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+    from jobs.run.launch import cluster_environment
     from jobs.run.strategies import check_machine
 
     check_machine(hardware)
@@ -128,6 +129,7 @@ def _launch(hardware: Any) -> "Fabric":
             num_nodes=hardware.nodes,
             strategy=together if hardware.devices * hardware.nodes > 1 else "auto",
             precision=hardware.precision,
+            plugins=[cluster_environment(hardware)],
         )
     except (MisconfigurationException, RuntimeError, ValueError) as error:
         raise UserError(f"hardware: {str(error).strip().splitlines()[0]}") from None

@@ -184,16 +184,12 @@ class _Folder:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> "Tensor | str":
-        """A string says why the picture cannot be read."""
+    def __getitem__(self, index: int) -> "Tensor":
         from datamodules.files.images import Geometry
         from datamodules.files.pictures import read_picture
         from datamodules.files.raster import MOST_PIXELS
 
-        try:
-            picture = read_picture(self.paths[index], MOST_PIXELS, 0, self.sixteen_bit, self.window)
-        except UserError as error:
-            return str(error)  # an exception would cross the worker's border with its traceback
+        picture = read_picture(self.paths[index], MOST_PIXELS, 0, self.sixteen_bit, self.window)
         return Geometry(self.resolution, self.square).apply(picture) if self.resolution else picture
 
 
@@ -202,17 +198,14 @@ def _stream(
 ) -> None:
     import torch
     from rich.progress import Progress
-    from torch.utils.data import DataLoader
 
-    # pyrefly: ignore[bad-argument-type]  # torch takes whatever has a length and items, its annotation a Dataset
-    loader = DataLoader(folder, batch_size, num_workers=workers, collate_fn=list)
+    from datamodules.stream import PlainLoader
+
+    loader = PlainLoader(folder, batch_size=batch_size, num_workers=workers, collate_fn=list)
     first = 0
     with torch.no_grad(), Progress(transient=True) as progress:
         task = progress.add_task(title, total=len(folder))
         for pictures in loader:
-            for picture in pictures:
-                if isinstance(picture, str):
-                    raise UserError(picture)
             _update_by_size(pictures, first, update)
             first += len(pictures)
             progress.update(task, completed=first)

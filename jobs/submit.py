@@ -21,11 +21,10 @@ from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from jobs.run.sources import has_stages
 from medsynth.errors import UserError
 from medsynth.exit_codes import NO_PROGRESS, PREEMPTED, USER_ERROR
 from medsynth.files import write_whole
@@ -35,13 +34,14 @@ if TYPE_CHECKING:
     from submitit import Executor, Job, JobEnvironment
     from submitit.helpers import DelayedSubmission
 
+    from jobs.study.submission import Submission
+
 _ENDED = re.compile("COMPLETED|FAILED|CANCELLED|TIMEOUT|NODE_FAIL|OUT_OF_MEMORY|BOOT_FAIL|DEADLINE|PREEMPTED|FORGOTTEN")
 SIGNAL_SECONDS = 300
 """Ahead of its time limit a run is asked to leave, or at half of a limit below ten minutes."""
 # How often a job may be requeued is not submitit's to say: training ends by itself where it makes no progress.
 _REQUEUES = 1_000_000
 _CPUS_PER_GPU = 8
-_ON_CPUS = ["hardware.accelerator=cpu", "hardware.precision=32-true"]
 
 
 @click.command()
@@ -86,64 +86,23 @@ def main(
     sys.exit(submit(executor, submission, watch))
 
 
-class Submission(NamedTuple):
-    """What travels: a config, or the stages of one job."""
-
-    config: "DictConfig"
-    """The run's; of stages the first's, with the folder of all of them as its run_dir."""
-    text: str
-    """The whole as one YAML file."""
-    runs: "list[DictConfig]"
-
-
 def load_for_job(
     cluster: str, arguments: Sequence[str], nodes: int | None, gpus: int | None, on_cpus: bool = False
-) -> Submission:
+) -> "Submission":
     """The resolved config of `arguments`, or stages, on that many machines and processes a machine.
 
     Raises:
         UserError: as `jobs.run.config.load_config`, or the method does not train so.
     """
-    load = _load_stages if has_stages(arguments) else _load_run
-    submission = load(cluster, arguments, nodes, gpus, on_cpus)
+    from jobs.study.submission import load_submission
+
+    submission = load_submission(cluster, arguments, nodes, gpus, on_cpus)
     from jobs.run.folder import build_module  # after the config, whose mistakes need no torch
     from jobs.train import check_support
 
     for config in submission.runs:
         check_support(config, build_module(config))
     return submission
-
-
-def _load_run(cluster: str, arguments: Sequence[str], nodes: int | None, gpus: int | None, on_cpus: bool) -> Submission:
-    from jobs.cluster.kubernetes import load_for_pods
-    from jobs.run.config import load_arguments, load_for_nodes, to_yaml
-
-    if cluster == "local":
-        config = load_arguments([*arguments, *_hardware(nodes, gpus)])
-    elif cluster == "kubernetes":
-        config = load_for_pods(arguments, nodes, gpus)
-    else:
-        config = load_for_nodes([*arguments, *(_ON_CPUS if on_cpus else [])], nodes, gpus)
-    return Submission(config, to_yaml(config), [config])
-
-
-def _load_stages(
-    cluster: str, arguments: Sequence[str], nodes: int | None, gpus: int | None, on_cpus: bool
-) -> Submission:
-    """All stages on the same machines; what their batches do not divide among is refused."""
-    from jobs.cluster.kubernetes import GRACE
-    from jobs.run.config import GPU_NODE
-    from jobs.study.job import read_job
-
-    first = [GRACE] if cluster == "kubernetes" else []
-    settings = [*_hardware(nodes, gpus), *(_ON_CPUS if on_cpus else [])]
-    job = read_job([*first, *arguments, *settings], () if cluster == "local" else [str(GPU_NODE)])
-    return Submission(job.launched, job.to_yaml(), job.configs)
-
-
-def _hardware(nodes: int | None, gpus: int | None) -> list[str]:
-    given = {"nodes": nodes, "devices": gpus}
-    return [f"hardware.{key}={value}" for key, value in given.items() if value is not None]
 
 
 def read_site() -> dict[str, str]:
@@ -155,7 +114,7 @@ def read_site() -> dict[str, str]:
     if not Path("slurm/common.sh").is_file():
         raise UserError("there is no slurm/common.sh here; call medsynth in the repository's root")
     script = ". slurm/common.sh && read_site && env --null"
-    result = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    result = subprocess.run(["bash", "-c", script], capture_output=True, encoding="utf-8", errors="surrogateescape")
     if result.returncode:
         raise UserError(result.stderr.strip().removeprefix("slurm: "))
     return {name: value for name, _, value in (line.partition("=") for line in result.stdout.split("\0") if line)}
@@ -216,6 +175,10 @@ def _make_slurm_executor(hardware: Any, folder: Path, site: dict[str, str]) -> "
 
     if "VENV" not in site:
         raise UserError("slurm/site.env trains in a container; type sbatch slurm/PRESET.sh for that")
+    if set(str(folder)) & set("%\\\n"):
+        raise UserError(
+            f"run_dir={str(folder.parent)!r}: in the path of a log Slurm takes % and \\ for more; choose another"
+        )
     cpus = _CPUS_PER_GPU if _gpus(hardware) else hardware.threads or 1
     log = shlex.quote(str(JobPaths(folder).stdout))
     options = f"--unbuffered --output={log} --open-mode=append --cpus-per-task={cpus} --kill-on-bad-exit=1"
@@ -238,7 +201,7 @@ def _gpus(hardware: Any) -> int:
     return 0 if hardware.accelerator == "cpu" else hardware.devices
 
 
-def submit(executor: "Executor", submission: Submission, watch: bool) -> int:
+def submit(executor: "Executor", submission: "Submission", watch: bool) -> int:
     """Submit the run, say where it is, and with `watch` follow it; the exit code, 0 for a job that was left alone."""
     from submitit.core.utils import FailedJobError
 
@@ -262,10 +225,13 @@ def submit(executor: "Executor", submission: Submission, watch: bool) -> int:
     return _follow(job) if watch else 0
 
 
-def _write_submission(submission: Submission) -> Path:
+def _write_submission(submission: "Submission") -> Path:
     path = Path(submission.config.run_dir).absolute() / f"submit/{datetime.now():%Y%m%d-%H%M%S-%f}.yaml"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(submission.text)
+    try:
+        path.parent.mkdir(exist_ok=True)
+        write_whole(path, submission.text)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from None
     return path
 
 
@@ -328,16 +294,16 @@ def _leave_unbegun(number: int, frame: FrameType | None) -> None:
 
 def _join_local_processes(job: "JobEnvironment") -> None:
     """Tell Lightning of the processes that submitit has started, as torchrun would."""
-    for name in [name for name in os.environ if name.startswith("SLURM_")]:
-        del os.environ[name]  # of an allocation in which this is called: it is not what trains here
-    port = 15000 + int(job.job_id) % 10000
-    os.environ |= {"LOCAL_RANK": str(job.local_rank), "NODE_RANK": "0"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    from jobs.run.launch import join_on_this_machine
+
+    join_on_this_machine(job.local_rank, port=15000 + int(job.job_id) % 10000)
 
 
 def _slurm_state(job_id: str) -> str:
     """JobState of `scontrol show job`; "FORGOTTEN" some minutes after its end, "" where slurmctld does not answer."""
-    result = subprocess.run(["scontrol", "show", "job", "--oneliner", job_id], capture_output=True, text=True)
+    result = subprocess.run(
+        ["scontrol", "show", "job", "--oneliner", job_id], capture_output=True, encoding="utf-8", errors="replace"
+    )
     if "Invalid job id" in result.stderr:
         return "FORGOTTEN"
     match = re.search(r"\bJobState=(\S+)", result.stdout)
@@ -355,12 +321,12 @@ def _follow(job: "Job[Any]") -> int:
     while True:
         ended = code.exists() or _has_ended(job)
         if log.exists():
-            with log.open(errors="replace") as file:
+            with log.open(encoding="utf-8", errors="replace") as file:
                 file.seek(position)
                 click.echo(file.read(), nl=False)
                 position = file.tell()
         if ended:
-            return int(code.read_text()) if code.exists() else 1
+            return int(code.read_text(encoding="utf-8")) if code.exists() else 1
         time.sleep(1)
 
 
@@ -380,7 +346,7 @@ def _print_submission(executor: "Executor", text: str) -> None:
     click.echo(text, nl=False)
 
 
-def _submit_to_kubernetes(submission: Submission, image: str | None, watch: bool, dry_run: bool) -> None:
+def _submit_to_kubernetes(submission: "Submission", image: str | None, watch: bool, dry_run: bool) -> None:
     from jobs.cluster.kubernetes import IMAGE, apply, render
 
     if watch:

@@ -6,12 +6,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from jobs.run.sources import has_stages, is_staged
-from medsynth.errors import UserError
+from medsynth.errors import UserError, naming_lost_workers
 from medsynth.loading import one_line
 
 if TYPE_CHECKING:
@@ -102,17 +102,19 @@ def train(config: "DictConfig") -> "Trainer":
     Raises:
         UserError: before the first step, where config, data, weights and machine do not go together.
         Preempted: SIGUSR1 or SIGTERM came; the run is saved.
+        WorkerLost: a process that reads data was killed.
     """
     from callbacks.preemption import StopRequest
 
-    with StopRequest(config.preemption.grace_seconds).listening() as request:
+    with naming_lost_workers(), StopRequest(config.preemption.grace_seconds).listening() as request:
         return _train(config, request)
 
 
 def _train(config: "DictConfig", request: "StopRequest") -> "Trainer":
     from callbacks.divergence import Divergence
     from jobs.run.config import instantiate
-    from jobs.run.folder import build_data, refuse_another_run, require_same_split, write_config
+    from jobs.run.export import export_best
+    from jobs.run.folder import build_data, refuse_another_run, require_same_split, write_config, write_split
     from jobs.run.pretrained import record
     from jobs.run.process import set_up_process
     from jobs.tracking.facts import run_facts
@@ -138,13 +140,13 @@ def _train(config: "DictConfig", request: "StopRequest") -> "Trainer":
         owner.claim()
         require_same_split(data, run_dir)
         write_config(config)
-        data.write_split(str(run_dir))
+        write_split(data, run_dir)
         checkpoint = _newest_checkpoint(run_dir, trainer.is_global_zero)
         _log_run(tracker, config, module, data, run_facts() | record(run_dir, module))
         with _ending(tracker), _without_orphans(trainer, request), tracker.unfinished():
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
             if trainer.is_global_zero:
-                _export(_whole(module, trainer, config), run_dir, tracker)
+                export_best(module, trainer, config, tracker)
         tracker.finalize("success")
     return trainer
 
@@ -152,12 +154,14 @@ def _train(config: "DictConfig", request: "StopRequest") -> "Trainer":
 def _plan_module(config: "DictConfig") -> "GenerativeModule":
     """The method before it has networks; refused where it cannot train so, or weights are missing."""
     from jobs.run.folder import build_module
+    from lightning_modules.base import frozen_dtype
 
     module = build_module(config)
     check_support(config, module)
     for weights in module.required_weights():
         weights.require()
     module.gradient_clip_norm = config.train.gradient_clip_norm or None
+    module.frozen_dtype = frozen_dtype(config.hardware.precision)
     return module
 
 
@@ -186,6 +190,7 @@ def _announce(
     from jobs.tracking.server import ui_command
     from lightning_modules.base import GenerativeModule
 
+    data.require_room(config.hardware.devices)
     trial = try_picture(module, data)
     steps_by_itself = type(module).learn is not GenerativeModule.learn  # and names what it has done as it likes
     check_monitor(config, trial.losses, any_of_training=steps_by_itself)
@@ -246,30 +251,6 @@ def _without_orphans(trainer: "Trainer", request: "StopRequest") -> Iterator[Non
         raise
 
 
-def _whole(module: "GenerativeModule", trainer: "Trainer", config: "DictConfig") -> "GenerativeModule":
-    """A module that can hold all weights: this process's own holds a part of them where the strategy shards them."""
-    from jobs.run.folder import build_module
-    from jobs.run.strategies import is_sharded
-
-    if is_sharded(trainer.strategy):
-        module = build_module(config)
-        module.configure_model()
-    return module
-
-
-def _export(module: "GenerativeModule", run_dir: Path, tracker: "RunTracker") -> None:
-    """Write the best checkpoint's weights as other libraries read them."""
-    from jobs.run.folder import find_checkpoint, load_weights
-    from jobs.run.pretrained import hold
-
-    hold(run_dir, module)  # what did not learn is exported as it lies there now
-    best, out = find_checkpoint(run_dir, "best"), run_dir / "export"
-    load_weights(module.cpu(), best)
-    module.export(out)
-    tracker.set_tags({"checkpoint.best": str(best), "export": str(out)})
-    click.echo(f"best checkpoint {best}, exported to {out}")
-
-
 def check_support(config: "DictConfig", module: "GenerativeModule") -> None:
     """Raises UserError where the method does not train with the configured strategy or accumulation, or the run logs
     nothing by the name that chooses its best checkpoint."""
@@ -300,11 +281,13 @@ def _build_trainer(
 
     from callbacks.checkpoint import build_checkpoints
     from callbacks.class_pictures import ClassPictures
+    from callbacks.durable import DurableCheckpointIO
     from callbacks.ema import EMA
     from callbacks.progress import RunProgress, Throughput
     from callbacks.step_log import StepLog
     from jobs.run.checks import accumulation
     from jobs.run.config import instantiate
+    from jobs.run.launch import cluster_environment
     from jobs.run.strategies import trainer_options
 
     train, hardware = config.train, config.hardware
@@ -317,7 +300,8 @@ def _build_trainer(
     callbacks.append(preemption)
     by_steps = train.validate_every_steps is not None
     micro_batches = accumulation(config)
-    options = trainer_options(hardware, _plugins(), find_unused=not module.uses_all_weights)
+    plugins = [DurableCheckpointIO(), cluster_environment(hardware)]
+    options = trainer_options(hardware, plugins, find_unused=not module.uses_all_weights)
     options |= {
         "max_steps": train.max_steps or -1,
         "max_epochs": train.max_epochs if train.max_epochs else -1,
@@ -337,16 +321,6 @@ def _build_trainer(
         return L.Trainer(**options)
     except (MisconfigurationException, ValueError) as error:
         raise UserError(f"hardware: {str(error).strip().splitlines()[0]}") from None
-
-
-def _plugins() -> list[Any]:
-    from lightning.pytorch.plugins.environments import SLURMEnvironment
-
-    from callbacks.durable import DurableCheckpointIO
-
-    # Whoever started the job requeues it, and not Lightning.
-    slurm = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
-    return [DurableCheckpointIO(), *slurm]
 
 
 def _log_run(

@@ -67,6 +67,8 @@ class GenerativeModule(L.LightningModule, ABC):
         super().__init__()
         self.config = config
         self.gradient_clip_norm: float | None = None  # train.gradient_clip_norm, for a module that steps by itself
+        self.frozen_dtype = torch.float32
+        """What `build` may load a network in that never learns: training sets what `setup` holds it in."""
         self.step_losses: dict[str, Tensor] = {}
         """What the newest training step gave, scalars on the device: of one micro-batch, in this process."""
         self.gradient_norm: Tensor | None = None
@@ -190,8 +192,8 @@ class GenerativeModule(L.LightningModule, ABC):
     def setup(self, stage: str) -> None:
         """Hold frozen weights in the type that mixed precision computes in: half the memory, no cast at each step."""
         self.configure_model()
-        dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(self.trainer.precision))
-        if dtype is None:
+        dtype = frozen_dtype(str(self.trainer.precision))
+        if dtype == torch.float32:
             return
         averaged = {id(p) for module in self.averaged_modules().values() for p in module.parameters()}
         for parameter in self.parameters():
@@ -315,8 +317,14 @@ class GenerativeModule(L.LightningModule, ABC):
 def blocks(network: nn.Module) -> list[nn.Module]:
     """The parts of a network that are gathered one at a time, inner ones first: libraries name `_no_split_modules`."""
     parts = [module for module in network.modules() if module is not network and any(True for _ in module.parameters())]
-    names = {name for module in network.modules() for name in getattr(module, "_no_split_modules", None) or ()}
+    named: list[Any] = [getattr(module, "_no_split_modules", None) for module in network.modules()]
+    names = {name for own in named for name in own or ()}
     return [module for module in reversed(parts) if type(module).__name__ in names]
+
+
+def frozen_dtype(precision: str) -> torch.dtype:
+    """What training in that precision, by Lightning's name, holds frozen weights in."""
+    return {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision, torch.float32)
 
 
 def _seed(seed: int, device: torch.device) -> None:

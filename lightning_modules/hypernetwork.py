@@ -16,6 +16,7 @@ from lightning_modules.families.stable_diffusion import Denoising, DenoisingConf
 from lightning_modules.nets.hypernetwork import ACTIVATIONS, INITIALISATIONS, Hypernetwork, context_widths
 from lightning_modules.parts.pretrained import refuse_not_finite
 from medsynth.errors import UserError
+from medsynth.files import read_object
 from medsynth.ranges import choice, number, numbers
 
 WEIGHTS_FILE, CONFIG_FILE = "hypernetwork.safetensors", "config.json"
@@ -106,7 +107,7 @@ class HypernetworkModule(Denoising):
         directory.mkdir(parents=True, exist_ok=True)
         config = {"widths": [int(width) for width in self.hypernetwork]}
         config |= {key: getattr(self.config, key) for key in (*_SHAPE, "multiplier")}
-        (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+        (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         state = {name: value.detach().cpu().contiguous() for name, value in self.hypernetwork.state_dict().items()}
         save_file(state, directory / WEIGHTS_FILE)
 
@@ -135,7 +136,8 @@ def load_hypernetwork(unet: nn.Module, directory: Path | str, multiplier: float 
     network.requires_grad_(False).eval().to(parameter.device, parameter.dtype)
     network.set_multiplier(exported if multiplier is None else multiplier)
     network.attach(unet)
-    unet.hypernetworks = nn.ModuleList([*getattr(unet, "hypernetworks", ()), network])
+    others: Any = getattr(unet, "hypernetworks", ())
+    unet.hypernetworks = nn.ModuleList([*others, network])
     return network
 
 
@@ -169,7 +171,7 @@ def web_ui_state(directory: Path | str, name: str = "hypernetwork") -> dict[Any,
 def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The config and weights of an export, which fit each other."""
     try:
-        config = json.loads((directory / CONFIG_FILE).read_text())
+        config = read_object(directory / CONFIG_FILE)
         state = load_file(directory / WEIGHTS_FILE)
         with torch.device("meta"):
             shapes = Hypernetwork(**{key: config[key] for key in ("widths", *_SHAPE)}).state_dict()

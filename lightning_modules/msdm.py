@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from lightning_modules.maths.diffusion import (
     SampleRandom,
     gaussian_kl,
     interpolated_log_variance,
+    min_snr_weight,
     posterior_log_variance,
     posterior_mean,
     predicted_original,
@@ -76,6 +77,9 @@ class MSDMConfig(LatentDiffusionConfig):
     """AdamW with torch's defaults at 1e-4 (paper, 5.1.1)."""
     loss: str = choice("l1", ("l1", "l2"))
     """Distance of predicted and true noise: l1 (the authors' code) or l2."""
+    min_snr_gamma: Optional[float] = number(None, above=0)
+    """Weigh each sample's loss by min(SNR, γ) / SNR (Hang et al. 2023), for l1 by its root; none weighs all alike.
+    Below 1 it favours the steps of much noise, in which a prompt decides what there will be."""
     self_conditioning: float = number(0.5, least=0, most=1)
     """Share of samples that see the model's own first estimate of z_0; 0 builds the network without."""
     learned_variance: bool = False
@@ -159,8 +163,7 @@ class MSDM(LatentDiffusion):
         # Halved at each lower resolution, summing to one.
         weights = torch.tensor([0.5**i for i in range(1 + len(coarse))])
         targets = [noise, *(F.interpolate(noise, size=c.shape[2:], mode="area") for c in coarse)]
-        distance = F.l1_loss if self.config.loss == "l1" else F.mse_loss
-        terms = [distance(p, target) for p, target in zip([predicted, *coarse], targets, strict=True)]
+        terms = [self._distance(p, target, t) for p, target in zip([predicted, *coarse], targets, strict=True)]
         shares = zip((weights / weights.sum()).tolist(), terms, strict=True)
         losses = {"noise": sum((w * term for w, term in shares), start=noise.new_zeros(()))}
         if variance is not None:
@@ -196,7 +199,7 @@ class MSDM(LatentDiffusion):
         self.scheduler().save_pretrained(directory / "scheduler")
         unet = directory / "unet"
         unet.mkdir(parents=True, exist_ok=True)
-        (unet / "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
+        (unet / "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n", encoding="utf-8")
         weights = {k: v.contiguous() for k, v in self.unet.state_dict().items()}
         save_file(weights, unet / "diffusion_pytorch_model.safetensors")
 
@@ -211,6 +214,17 @@ class MSDM(LatentDiffusion):
                 "export, RUN/export/vae"
             )
         return LatentCodec.load(folder, "model.vae")
+
+    def _distance(self, predicted: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Weighted mean distance of predicted and true noise (n, C, h, w) at the steps t (n,), a scalar."""
+        distance = F.l1_loss if self.config.loss == "l1" else F.mse_loss
+        gamma = self.config.min_snr_gamma
+        if gamma is None:
+            return distance(predicted, noise)
+        weight_B = min_snr_weight(self.prediction, t, self.alpha_bar, gamma)
+        if self.config.loss == "l1":
+            weight_B = weight_B.sqrt()
+        return (weight_B * distance(predicted, noise, reduction="none").flatten(1).mean(1)).mean()
 
     def _split(self, output: Tensor) -> tuple[Tensor, Tensor | None]:
         if not self.config.learned_variance:

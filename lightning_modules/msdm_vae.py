@@ -20,6 +20,7 @@ from lightning_modules.parts.perceptual import PerceptualLoss, vgg_source
 from lightning_modules.parts.pretrained import fill
 from lightning_modules.parts.weights import RANDOM, Weights
 from medsynth.errors import UserError
+from medsynth.files import read_object
 from medsynth.loading import one_line
 from medsynth.ranges import choice, number, numbers
 
@@ -117,7 +118,7 @@ class LatentCodec(nn.Module):
     def save(self, directory: Path) -> None:
         """Write `config.json` and `diffusion_pytorch_model.safetensors`."""
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
+        (directory / "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n", encoding="utf-8")
         save_file(
             {k: v.contiguous() for k, v in self.state_dict().items()}, directory / "diffusion_pytorch_model.safetensors"
         )
@@ -126,7 +127,7 @@ class LatentCodec(nn.Module):
     def load(cls, directory: Path, key: str) -> "LatentCodec":
         """Read what `save` wrote; raises UserError that names `key` where it is absent or does not fit."""
         try:
-            codec = cls(LatentCodecConfig(**json.loads((directory / "config.json").read_text())))
+            codec = cls(LatentCodecConfig(**read_object(directory / "config.json")))
             weights = directory / "diffusion_pytorch_model.safetensors"
             fill(codec, load_file(weights), key, weights)
         except UserError:

@@ -1,5 +1,9 @@
 """The one exception that means "the user can mend this"."""
 
+import multiprocessing
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from medsynth.exit_codes import USER_ERROR
 
 
@@ -11,3 +15,32 @@ class UserError(ValueError):
     """
 
     exit_code = USER_ERROR
+
+
+class WorkerLost(UserError):  # noqa: N818
+    """A process that reads data was killed; another start may go through."""
+
+    exit_code = 1
+
+
+@contextmanager
+def naming_lost_workers() -> Iterator[None]:
+    """Inside, the end of a DataLoader's worker is one line; torch raises it wherever the main thread just is.
+
+    Raises:
+        WorkerLost: so it was.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        said = str(error)
+        if not said.startswith("DataLoader worker (pid"):
+            raise
+        for other in multiprocessing.active_children():  # deaf to SIGTERM, by which Python would end them and wait
+            other.kill()
+            other.join(5)
+        mend = "give the job more memory, or set fewer data.workers (evaluate: --workers)"
+        raise WorkerLost(
+            f"{said.splitlines()[0].partition(' It is')[0].rstrip('. ')}: as a rule by a machine that has no memory "
+            f"left; {mend}, and start again: a run goes on from its last checkpoint"
+        ) from error

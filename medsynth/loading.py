@@ -1,6 +1,8 @@
 """What a loaded network did not find in its files, in one line."""
 
+import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 # Names that wrappers leave in saved weights: what stands in the name, who put it there.
@@ -8,6 +10,9 @@ _WRAPPERS = {
     "_orig_mod.": "a compiled network saves them",
     "module.": "a network under DataParallel or DDP saves them",
 }
+# transformers takes a name with a slash for a repository of compiled code.
+_KERNEL = re.compile(r'"_?attn_implementation\w*"\s*:\s*"([^"]*/[^"]*)"')
+_LAYERS = re.compile(r'"(\w*(?:layers|blocks)\w*)"\s*:\s*(\d{5,})')
 _RENAME = (
     'python -c "from safetensors.torch import load_file, save_file; f = {file!r}; '
     "save_file({{k.replace({word!r}, ''): v.clone() for k, v in load_file(f).items()}}, f, dict(format='pt'))\""
@@ -16,6 +21,8 @@ _RENAME = (
 
 def one_line(error: BaseException) -> str:
     """What an error says first, on one line: libraries put tables and advice below."""
+    if "Weights only load failed" in str(error):  # torch goes on to advise to run it
+        return "it holds more than weights, which could run code when it is read: use a safetensors file"
     lines = str(error).strip().splitlines()
     return lines[0].strip() if lines else type(error).__name__
 
@@ -46,4 +53,18 @@ def misfit(report: Mapping[str, Iterable[Any]], file: str) -> str | None:
         )
     for name, given, due in sorted(report.get("mismatched_keys", ()), key=str):
         return f"has {name} of shape {tuple(given)}, its config.json makes it {tuple(due)}; they are not of one network"
+    return None
+
+
+def unfit_config(folder: Path) -> str | None:
+    """What a network's config.json asks for that is not done here, as the end of a sentence; None for nothing: a
+    program that is fetched to compute attention, or layers that would take the memory of any machine."""
+    try:
+        text = (folder / "config.json").read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return None
+    if kernel := _KERNEL.search(text):
+        return f"asks for the program {kernel[1]}; take attn_implementation out of it"
+    if layers := _LAYERS.search(text):
+        return f"says {layers[1]}={layers[2]}, which no network has; copy or fetch that folder anew"
     return None

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Self
 
 from medsynth.errors import UserError
+from medsynth.files import parse_json
 
 OWNER_FILE = ".owner"
 RESTARTED = "MEDSYNTH_RESTART_COUNT"
@@ -115,7 +116,7 @@ def _open(path: Path) -> int:
 def _read(descriptor: int) -> dict[str, str]:
     """Who holds the file; empty where that is just being written."""
     try:
-        record = json.loads(os.pread(descriptor, 4096, 0))
+        record = parse_json(os.pread(descriptor, 4096, 0))
         return record if record.keys() == _record().keys() else {}
     except (OSError, ValueError, AttributeError):
         return {}

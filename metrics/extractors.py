@@ -17,6 +17,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3 as INC
 from torch_fidelity.feature_extractor_inceptionv3 import BasicConv2d, FeatureExtractorInceptionV3
 
 from medsynth.errors import UserError
+from medsynth.pickled import read_pickled
 
 
 class Features(NamedTuple):
@@ -149,7 +150,7 @@ def _check_weights(state: dict[str, Any], due: dict[str, Tensor]) -> None:
 
 def _build_inception(content: bytes) -> nn.Module:
     # torch-fidelity unpickles whatever the file holds: hand it only what a weights-only load has let through.
-    state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    state = read_pickled(io.BytesIO(content))
     checked = io.BytesIO()
     torch.save(state, checked)
     checked.seek(0)

@@ -24,7 +24,7 @@ def write_pipeline(folder: Path, *, prediction: str = "epsilon", version: int = 
         block_out_channels=(8, 8, 16), layers_per_block=1, norm_num_groups=4, sample_size=RESOLUTION,
         down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
     )  # fmt: skip
-    tokenizer = _tokenizer(folder.with_name(f"{folder.name}-words"), pad="<|endoftext|>" if version == 1 else "!")
+    tokenizer = clip_tokenizer(folder.with_name(f"{folder.name}-words"), pad="<|endoftext|>" if version == 1 else "!")
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -49,7 +49,7 @@ def write_pipeline(folder: Path, *, prediction: str = "epsilon", version: int = 
     return folder
 
 
-def _tokenizer(folder: Path, pad: str) -> CLIPTokenizer:
+def clip_tokenizer(folder: Path, pad: str) -> CLIPTokenizer:
     """CLIP's own tokenizer with letters only: every word is spelt."""
     folder.mkdir(parents=True, exist_ok=True)
     letters = "!abcdefghijklmnopqrstuvwxyz0123456789.,-<>"

@@ -212,5 +212,5 @@ def test_help_is_instant():
 def _without_weights(path: Path) -> list[str]:
     """Settings that put random weights in the place of downloads and earlier stages, at their full size."""
     found = load_config([REPOSITORY / path]).model
-    keys = ("vae", "text_encoder.source", "pretrained", "perceptual_weights", "image_encoder")
+    keys = ("vae", "text_encoder.source", "pretrained", "perceptual_weights", "image_encoder", "decoder", "prior")
     return [f"model.{key}=random" for key in keys if isinstance(OmegaConf.select(found, key), str)]

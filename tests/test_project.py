@@ -1,12 +1,15 @@
 """What the files around the code say of the project."""
 
+import ast
 import tomllib
+from collections.abc import Iterator
 
 import pytest
 import yaml
 
 from medsynth import __version__
 from tests.conftest import REPOSITORY
+from tests.test_architecture import SOURCES
 
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 CITATION = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())
@@ -48,3 +51,61 @@ def test_forms_are_as_github_reads_them(path):
             options = field["attributes"]["options"]
             assert len(set(options)) == len(options) and all(isinstance(option, str) for option in options)
         assert isinstance(field.get("validations", {}).get("required", False), bool)
+
+
+def _is_text(call: ast.Call, name: str) -> bool:
+    """Whether a call opens, reads or writes text, by its name and mode."""
+    keywords = {keyword.arg: keyword.value for keyword in call.keywords}
+    if name in ("read_text", "write_text"):
+        return True
+    if name in ("run", "Popen", "check_output"):
+        return "text" in keywords or "universal_newlines" in keywords
+    if name not in ("open", "fdopen", "NamedTemporaryFile", "TemporaryFile"):
+        return False
+    of_module = isinstance(call.func, ast.Attribute) and isinstance(call.func.value, ast.Name)
+    place = 0 if isinstance(call.func, ast.Attribute) and not of_module else 1  # Path(…).open(mode), open(file, mode)
+    modes = [keywords.get("mode"), *call.args[: place + 1]]
+    said = [mode.value for mode in modes if isinstance(mode, ast.Constant) and isinstance(mode.value, str)]
+    binary = any("b" in mode for mode in said if set(mode) <= set("rwxab+t"))
+    return not binary and name in ("open", "fdopen")
+
+
+def text_without_encoding(source: str) -> Iterator[int]:
+    """The lines of calls that read or write text in whatever encoding the locale has."""
+    elsewhere = {"Image", "tarfile", "webbrowser", "os"}  # their open takes no text
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute | ast.Name):
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id
+            owner = node.func.value if isinstance(node.func, ast.Attribute) else None
+            foreign = isinstance(owner, ast.Name) and owner.id in elsewhere and name == "open"
+            if not foreign and _is_text(node, name) and "encoding" not in {keyword.arg for keyword in node.keywords}:
+                yield node.lineno
+
+
+def test_all_text_has_its_encoding():
+    found = {
+        f"{path}:{line}"
+        for path in [*SOURCES, *(REPOSITORY / "benchmarks").glob("*.py")]
+        for line in text_without_encoding((REPOSITORY / path).read_text(encoding="utf-8"))
+    }
+    assert not found, "the locale of a container is often C"
+
+
+@pytest.mark.parametrize(
+    ("source", "is_text"),
+    [
+        ("path.read_text()", True),
+        ("path.open()", True),
+        ("path.open('w')", True),
+        ("open(path)", True),
+        ("subprocess.run(['git'], text=True)", True),
+        ("path.read_text(encoding='utf-8')", False),
+        ("path.open('rb')", False),
+        ("path.open('a+b', buffering=0)", False),
+        ("open(path, 'wb')", False),
+        ("Image.open(path)", False),
+        ("subprocess.run(['git'])", False),
+    ],
+)
+def test_text_is_known(source, is_text):
+    assert list(text_without_encoding(source)) == [1] * is_text

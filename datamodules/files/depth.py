@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from datamodules.files.walk import stem
 from medsynth.errors import UserError
-from medsynth.loading import misfit, one_line
+from medsynth.files import put_whole
+from medsynth.loading import misfit, one_line, unfit_config
 
 SOURCE_FILE = "depth-model.txt"
 """Beside the maps: the name of the model that made them."""
@@ -64,12 +66,15 @@ def depth_estimator(model: Path) -> Callable[[Tensor], NDArray[np.float32]]:
     """
     from transformers import AutoImageProcessor, AutoModelForDepthEstimation
 
+    if unfit := unfit_config(model):
+        raise UserError(f"data.depth_model: {model}/config.json {unfit}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        processor = AutoImageProcessor.from_pretrained(model, local_files_only=True)
+        processor = AutoImageProcessor.from_pretrained(model, local_files_only=True, trust_remote_code=False)
         loaded: Any = AutoModelForDepthEstimation.from_pretrained(
-            model, local_files_only=True, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
-        )
+            model, local_files_only=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )  # fmt: skip
     except Exception as error:  # transformers answers a folder of something else with errors of almost any kind
         reason = one_line(error)
         raise UserError(f"data.depth_model: {model} holds no depth-estimation model ({reason})") from error
@@ -99,13 +104,20 @@ def _claim(out: Path, source: str) -> None:
         return
     if out.is_dir() and any(out.iterdir()):
         raise UserError(f"{out} holds depth maps that {source} did not make; remove it, or give another data.depth")
-    out.mkdir(parents=True, exist_ok=True)
-    marker.write_text(source + "\n", encoding="utf-8")
+    _put(marker, f"{source}\n".encode())
 
 
 def _save(depth: NDArray[np.uint16], path: Path) -> None:
-    """Write beside and rename: a map is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.part")
-    Image.fromarray(depth).save(beside, format="PNG")
-    beside.rename(path)
+    content = BytesIO()
+    Image.fromarray(depth).save(content, format="PNG")
+    _put(path, content.getvalue())
+
+
+def _put(path: Path, content: bytes) -> None:
+    """A file that is there whole or not at all."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        put_whole(path, content)
+    except OSError as error:
+        mend = "mend that and run the same command again"
+        raise UserError(f"data.depth: {path} cannot be written: {error.strerror}; {mend}") from None

@@ -1,10 +1,11 @@
 """The elements of one DICOM file, asked for by keyword; what is not what it must be is refused in one line."""
 
 import math
+import zlib
 from collections.abc import MutableSequence, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from medsynth.errors import UserError
 
@@ -18,6 +19,9 @@ COPY = "copy it again from its source"
 
 _IMPLICIT, _EXPLICIT, _BIG_ENDIAN = "1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2"
 _DEFLATED = "1.2.840.10008.1.2.1.99"
+_HEAD = 4096  # bytes in which the transfer syntax stands
+_MOST_UNFOLDED = 640 << 20
+"""Bytes of a deflated file's elements, at most: 100 million pixels in colours of 16 bits."""
 _NUMBERS = {"DS", "IS", "US", "SS", "US or SS", "FL", "FD"}
 _NEEDED = ("Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation", "BitsAllocated")
 
@@ -155,7 +159,10 @@ def open_dicom(path: Path, pixels: bool = True) -> Header:
     marked = True
     try:
         with path.open("rb") as file:
-            marked = file.read(132)[128:] == b"DICM"
+            head = file.read(_HEAD)
+            marked = head[128:132] == b"DICM"
+            if _DEFLATED.encode() in head:
+                _check_deflated(file, head)
             file.seek(0)
             dataset = read_partial(file, at_pixels, force=True)
     except FileNotFoundError:
@@ -171,6 +178,18 @@ def open_dicom(path: Path, pixels: bool = True) -> Header:
     syntax = _syntax(path, dataset, length)
     whole = length == UNDEFINED or syntax == _DEFLATED  # which pydicom reads from memory, not from the file
     return Header(path, dataset, keyword, length if whole else min(length, left), syntax)
+
+
+def _check_deflated(file: BinaryIO, head: bytes) -> None:
+    """Raise ValueError where the elements of a deflated file, which pydicom unfolds at once, are too many."""
+    if head[132:138] != b"\x02\0\0\0UL":
+        raise ValueError("it does not say where its compressed elements begin")
+    file.seek(144 + int.from_bytes(head[140:144], "little"))
+    unfolding, length = zlib.decompressobj(-zlib.MAX_WBITS), 0
+    while not unfolding.eof and (piece := unfolding.unconsumed_tail or file.read(1 << 16)):
+        length += len(unfolding.decompress(piece, 1 << 20))
+        if length > _MOST_UNFOLDED:
+            raise ValueError(f"its compressed elements are more than {_MOST_UNFOLDED >> 20} MiB")
 
 
 def _none(path: Path) -> str:

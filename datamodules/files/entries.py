@@ -66,6 +66,14 @@ def read_extras(folder: Path) -> dict[str, dict[str, Any]]:
     return extras
 
 
+NOT_UTF8 = "its name is not UTF-8: rename it, as convmv does"
+
+
+def is_utf8(name: str) -> bool:
+    """Whether the name of a file or folder is text, which a caption, a table or a shard can hold."""
+    return name.encode("utf-8", "replace") == name.encode("utf-8", "surrogateescape")
+
+
 def safe_key(key: str) -> str:
     """The key; ValueError where it leads out of the folder."""
     if key.startswith("/") or ".." in PurePosixPath(key).parts:

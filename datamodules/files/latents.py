@@ -22,6 +22,7 @@ import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from medsynth.errors import UserError
-from medsynth.files import sha256_of, sync
+from medsynth.files import parse_json, read_object, sha256_of, sync
 
 PLAN_FILE, MANIFEST_FILE = "plan.json", "manifest.json"
 VALIDATION, TEXT = "validation", "text"
@@ -80,7 +81,7 @@ class CacheWriter:
         """
         self.folder, self.plan = folder, plan
         try:
-            found = json.loads((folder / PLAN_FILE).read_text())
+            found = read_object(folder / PLAN_FILE)
         except (OSError, ValueError):
             return
         if reason := _difference(found, plan):
@@ -100,7 +101,10 @@ class CacheWriter:
         path = self._files().get(shard.name)
         if path is None:
             return False
-        whole = path.stem.endswith(sha256_of(path)) and _metadata(path)["plan"] == _digest(self.plan)
+        try:
+            whole = path.stem.endswith(sha256_of(path)) and _metadata(path)["plan"] == _digest(self.plan)
+        except (SafetensorError, ValueError, KeyError, TypeError):  # whole, and yet no shard
+            whole = False
         if not whole:
             path.unlink()
         return whole
@@ -136,6 +140,8 @@ class CacheWriter:
             temporary.replace(self.folder / name)
             sync(self.folder)
         except OSError as error:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)  # where there is no room for it, its beginning takes none
             mend = "mend that and run the same command again"
             raise UserError(f"--out: {temporary} cannot be written: {error.strerror}; {mend}") from None
 
@@ -266,7 +272,7 @@ class CachedText:
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads((folder / MANIFEST_FILE).read_text())
+        manifest = read_object(folder / MANIFEST_FILE)
     except (OSError, ValueError):
         manifest = {}
     if manifest.pop("sha256", None) != _digest(manifest):
@@ -290,7 +296,7 @@ def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str | None:
 
 def _metadata(path: Path) -> dict[str, Any]:
     with safe_open(path, "pt") as shard:
-        return json.loads(shard.metadata()["medsynth"])
+        return parse_json((shard.metadata() or {})["medsynth"])
 
 
 def _json(entries: dict[str, Any]) -> bytes:

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from datamodules.files.detection import EXTRA_FILE, METADATA_FILE, is_plain_class, split_of
-from datamodules.files.entries import COLUMNS, Entry, from_cell, tidy
+from datamodules.files.entries import COLUMNS, NOT_UTF8, Entry, from_cell, is_utf8, tidy
 from datamodules.files.layouts import read_catalogue
 from datamodules.files.tables import Table, has_value, no_value
 from datamodules.files.walk import is_hidden
@@ -213,6 +213,9 @@ def convert(
             on_note(note)
     if bad := [table for table in catalogue.splits.values() if table.faults]:
         raise UserError("\n".join(table.report("mend or remove them, then convert again") for table in bad))
+    names = (entry.name for table in catalogue.splits.values() for entry in table.rows.values())
+    if strange := next((name for name in names if not is_utf8(name)), None):
+        raise UserError(f"{source}: {strange}: {NOT_UTF8}")
     total, done = sum(len(table.rows) for table in catalogue.splits.values()), 0
     with new_folder(out) as folder:
         for split, table in catalogue.splits.items():

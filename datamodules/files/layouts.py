@@ -32,10 +32,12 @@ from datamodules.files.detection import (
 )
 from datamodules.files.entries import (
     COLUMNS,
+    NOT_UTF8,
     Entry,
     class_name,
     decode,
     dump,
+    is_utf8,
     read_extras,
     safe_key,
     tidy,
@@ -156,6 +158,8 @@ def _read_part(part: _Part, layout: str) -> Table:
     if layout != "metadata":
         refuse_inner_splits(part.folder, part.shards() if layout == "webdataset" else part.pictures.names(), key)
     table = _READERS[layout](part)
+    for place in [place for place, entry in table.rows.items() if not is_utf8(entry.text + entry.label)]:
+        table.reject(place, NOT_UTF8)
     if not table.rows and not table.faults:
         raise UserError(f"{key}: {part.folder} holds no pictures in the layout {layout}")
     # Faults have their own lines: what they name is accounted for.

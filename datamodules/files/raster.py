@@ -20,6 +20,8 @@ from medsynth.errors import UserError
 
 MOST_PIXELS = 178_956_970
 """Pixels beyond which Pillow itself refuses a picture."""
+_FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000", "AVIF")
+"""What Pillow may take a file for, MPO as JPEG, whatever its name: of others it hands some to programs (PostScript)."""
 _PNG = b"\x89PNG\r\n\x1a\n"
 _TWELVE_BITS = 4095
 _THUMBNAILS = {"Large Thumbnail (VGA Equivalent)", "Large Thumbnail (Full HD Equivalent)", "Undefined"}
@@ -167,12 +169,12 @@ def opened(file: Path | BinaryIO, name: str, max_pixels: int) -> Iterator[Raster
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise UserError(f"{name} has more than data.max_pixels={max_pixels} pixels") from None
     except Exception as error:  # Pillow's decoders answer damaged bytes with errors of almost any kind
-        raise UserError(f"{name} cannot be decoded ({error or type(error).__name__})") from error
+        raise UserError(f"{name} cannot be decoded ({str(error) or type(error).__name__})") from error
 
 
 def _open(stream: BinaryIO, tiff: TiffHeader | None) -> Image.Image:
     try:
-        return Image.open(stream)
+        return Image.open(stream, formats=_FORMATS)
     except UnidentifiedImageError:
         if tiff is None:
             raise

@@ -60,8 +60,10 @@ class Shards:
                 tar.fileobj.seek(tar.offset)
                 if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                     raise tarfile.ReadError("no end mark")
-        except (tarfile.TarError, OSError) as error:
-            faults[shard] = f"is cut off, damaged or compressed after {len(samples)} samples ({error}): copy it again"
+        # A header may claim any length, or that a thousand others follow it.
+        except (tarfile.TarError, OSError, ValueError, MemoryError, OverflowError, RecursionError) as error:
+            why = f"{len(samples)} samples ({str(error) or type(error).__name__})"
+            faults[shard] = f"is cut off, damaged or compressed after {why}: copy it again"
         for key, names in others.items():
             dotted = [name for name in names if PurePosixPath(name).suffix.lower() in SUFFIXES]
             if dotted and key in samples and samples[key].picture is None:
@@ -100,8 +102,8 @@ class Shards:
             if not is_document(name):
                 others.setdefault("", []).append(name)
             return
-        if fault := _hostility(member, name):
-            faults[f"{shard}/{member.name}"] = fault
+        if fault := _hostility(tar, member, name):
+            faults[f"{shard}/{member.name if member.name.isprintable() else ascii(member.name)}"] = fault
             return
         sample, kind = samples.setdefault(parts["key"], ShardSample()), parts["kind"].lower()
         field = {"txt": "text", "json": "facts"}.get(kind, "picture" if f".{kind}" in SUFFIXES else None)
@@ -122,11 +124,15 @@ class Shards:
             setattr(sample, field, content.read())
 
 
-def _hostility(member: tarfile.TarInfo, name: str) -> str | None:
+def _hostility(tar: tarfile.TarFile, member: tarfile.TarInfo, name: str) -> str | None:
     if name.startswith("/") or ".." in PurePosixPath(name).parts:
         return "leads out of the shard: pack it again with relative names"
     if not member.isreg() or member.issparse():
         return "is a link or special file: pack it again with the file itself"
+    if not name.isprintable():
+        return "has a name with characters that cannot be shown: pack it again with another"
+    if member.offset_data + member.size > Path(str(tar.name)).stat().st_size:
+        return "goes on behind the end of the shard: copy that again"
     return None
 
 

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -150,7 +151,9 @@ def strict_object(text: str | bytes) -> dict[str, Any]:
         ValueError: the text is none; the message says why and begins as `is` or `has`.
     """
     try:
-        value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_refuse_repeats)
+        value = json.loads(
+            text, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_refuse_repeats
+        )
     except _NotStrictError as error:
         raise ValueError(str(error)) from None
     except (ValueError, RecursionError):
@@ -166,6 +169,12 @@ class _NotStrictError(Exception):
 
 def _refuse_constant(name: str) -> None:
     raise _NotStrictError(f"has the number {name}, which JSON does not know: leave the key out")
+
+
+def _finite(digits: str) -> float:
+    if math.isinf(value := float(digits)):
+        raise _NotStrictError(f"has the number {digits}, which is too large: leave the key out")
+    return value
 
 
 def _refuse_repeats(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:

@@ -94,7 +94,7 @@ def apply(manifest: str) -> None:
         UserError: there is no kubectl, or it refuses.
     """
     try:
-        subprocess.run(["kubectl", "apply", "-f", "-"], input=manifest, text=True, check=True)
+        subprocess.run(["kubectl", "apply", "-f", "-"], input=manifest, encoding="utf-8", check=True)
     except FileNotFoundError:
         raise UserError("there is no kubectl here; --dry-run prints the manifest instead") from None
     except subprocess.CalledProcessError:
@@ -122,4 +122,4 @@ def object_name(name: str) -> str:
 
 if __name__ == "__main__":
     for path, text in manifests():
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")

@@ -19,6 +19,7 @@ from jobs.run.registry import data_class, known_data, known_method, load_class, 
 from jobs.run.sources import is_setting, read_file, read_setting
 from medsynth.errors import UserError
 from medsynth.ranges import choice, number
+from medsynth.secrets import has_secret
 
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 GPU_NODE = Path(__file__).parents[2] / "configs/hardware/a100x8.yaml"
@@ -225,10 +226,10 @@ def _make_writable(node: DictConfig) -> None:
 
 
 def _checked(config: DictConfig) -> DictConfig:
-    missing = sorted(OmegaConf.missing_keys(config))
-    if missing:
-        raise UserError(f"{missing[0]} is missing; give it in a config file or as {missing[0]}=VALUE")
     try:
+        missing = sorted(OmegaConf.missing_keys(config))
+        if missing:
+            raise UserError(f"{missing[0]} is missing; give it in a config file or as {missing[0]}=VALUE")
         OmegaConf.resolve(config)
         check_ranges(config)
         for field_ in fields(RunConfig):
@@ -237,10 +238,22 @@ def _checked(config: DictConfig) -> DictConfig:
     except UserError:
         raise
     except OmegaConfBaseException as error:
-        raise UserError(_first_line(error)) from None
+        key = f"{error.full_key}: " if error.full_key else ""
+        raise UserError(f"{key}{_first_line(error)}") from None
+    _refuse_secrets(config)
     check_together(config)
     config.run_dir = str(Path(config.run_dir).expanduser())
     return config
+
+
+def _refuse_secrets(config: DictConfig) -> None:
+    """The run folder, MLflow and the list of processes show a config to all who look there."""
+    for key in _all_keys(config):
+        if has_secret(str(OmegaConf.select(config, key))):
+            mend = "take it out, and give a local path"
+            if key == "tracking.uri":
+                mend = "take it out, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment"
+            raise UserError(f"{key} holds a password or token, which every copy of the config would show: {mend}")
 
 
 def _wrong_type(error: OmegaConfBaseException, config: DictConfig) -> str:

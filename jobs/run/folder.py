@@ -9,7 +9,8 @@ RUN/export/            the trained weights in the ecosystem's layout
 RUN/tracking/          what MLflow has been sent and what not yet
 """
 
-import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -30,7 +31,7 @@ from jobs.run.registry import data_class, method_class
 from lightning_modules.base import GenerativeModule
 from lightning_modules.families.latent_diffusion import LatentDiffusion
 from medsynth.errors import UserError
-from medsynth.files import write_whole
+from medsynth.files import read_object, write_whole
 
 CONFIG_FILE = "config.yaml"
 SPLIT_FILE = "split.json"
@@ -85,9 +86,21 @@ def write_config(config: DictConfig) -> None:
     """
     refuse_another_run(config)
     run_dir = Path(config.run_dir)
+    with _written(run_dir):
+        write_whole(run_dir / CONFIG_FILE, to_yaml(config))
+
+
+def write_split(data: ImageDataModule, run_dir: Path) -> None:
+    """Write down which pictures train and which validate; raises UserError where it cannot be written."""
+    with _written(run_dir):
+        data.write_split(str(run_dir))
+
+
+@contextmanager
+def _written(run_dir: Path) -> Iterator[None]:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        write_whole(run_dir / CONFIG_FILE, to_yaml(config))
+        yield
     except OSError as error:
         raise UserError(f"run_dir={run_dir} cannot be written: {error.strerror}") from None
 
@@ -99,7 +112,7 @@ def require_same_split(data: ImageDataModule, run_dir: Path) -> None:
         UserError: so it is, by the run's `split.json`.
     """
     try:
-        before = json.loads((run_dir / SPLIT_FILE).read_text(encoding="utf-8"))
+        before = read_object(run_dir / SPLIT_FILE)
     except (OSError, ValueError):
         return
     now = data.split_facts()
@@ -138,7 +151,7 @@ def read_config(run_dir: Path) -> DictConfig:
 def mask_levels(run_dir: Path) -> list[int] | None:
     """The grey values of the masks that a run was trained with; None where they were many, or nobody noted them."""
     try:
-        return json.loads((Path(run_dir) / "split.json").read_text(encoding="utf-8")).get("mask_levels")
+        return read_object(Path(run_dir) / SPLIT_FILE).get("mask_levels")
     except (OSError, ValueError):
         return None
 
@@ -150,7 +163,7 @@ def class_names(run_dir: Path) -> list[str]:
         UserError: the run was trained on data without classes.
     """
     try:
-        return json.loads((Path(run_dir) / SPLIT_FILE).read_text(encoding="utf-8"))["classes"]
+        return read_object(Path(run_dir) / SPLIT_FILE)["classes"]
     except (OSError, ValueError, KeyError):
         raise UserError(f"{run_dir}: split.json names no classes; train on a data set that has some") from None
 

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning_modules.base import GenerativeModule
 from lightning_modules.parts.weights import Weights, file_digest, file_digests, file_stamp
 from medsynth.errors import UserError
-from medsynth.files import write_whole
+from medsynth.files import read_object, write_whole
 
 FILE = "pretrained.json"
 
@@ -92,7 +92,7 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path)
     except (OSError, ValueError) as error:
         raise UserError(
             f"{path} cannot be read ({error}); remove it if the pretrained weights are what the run began with"

@@ -29,6 +29,14 @@ METHODS = {
         "lightning_modules.hypernetwork:HypernetworkModule", "cell-gan-hypernetwork", "Hypernetwork on Stable Diffusion"
     ),
     "controlnet": Method("lightning_modules.controlnet:ControlNet", "controlnet", "ControlNet on Stable Diffusion"),
+    "kandinsky22_prior": Method(
+        "lightning_modules.kandinsky22_prior:Kandinsky22Prior", "kandinsky-msdm", "Kandinsky 2.2, its prior fine-tuned"
+    ),
+    "kandinsky22_decoder": Method(
+        "lightning_modules.kandinsky22_decoder:Kandinsky22Decoder",
+        "kandinsky-msdm",
+        "Kandinsky 2.2, its decoder fine-tuned",
+    ),
     "msdm_vae": Method("lightning_modules.msdm_vae:MSDMVAEModule", "kandinsky-msdm", "MSDM, stage 1: autoencoder"),
     "msdm": Method("lightning_modules.msdm:MSDM", "kandinsky-msdm", "MSDM, stage 2: latent diffusion with text"),
 }

@@ -4,7 +4,9 @@ YAML would make 2026_11_26 a number, 1:30 ninety and `no` false. Here a value st
 null, and is what the key's type makes of it when the config is merged.
 """
 
-from collections.abc import Mapping, Sequence
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,9 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from medsynth.errors import UserError
 
+_REPOSITORY = Path(__file__).parents[2]
+_MOST = 100_000
+"""Values of a file, those that its aliases repeat counted each time: a few lines of aliases could be billions."""
 _STANDARD, _FOREIGN = "tag:yaml.org,2002:", "tag:yaml.org,2002:python/"
 
 
@@ -24,8 +29,12 @@ def read_file(path: Path) -> DictConfig:
     """
     try:
         text = path.read_bytes().decode("utf-8-sig")
+        if "\0" in text:  # as UTF-16 without its mark is
+            raise UserError(f"{path} is no YAML: save it as text in UTF-8")
     except FileNotFoundError:
-        raise UserError(f"there is no config file {path}") from None
+        where = "" if path.is_absolute() else f" in {Path.cwd()}"
+        also = f"; there is {_REPOSITORY / path}" if where and (_REPOSITORY / path).is_file() else ""
+        raise UserError(f"there is no config file {path}{where}{also}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is no YAML: save it as text in UTF-8") from None
     except OSError as error:
@@ -56,6 +65,8 @@ def read_setting(argument: str, texts: Mapping[str, bool] | None = None) -> Dict
         UserError: this is no setting, or its value no YAML.
     """
     key, separator, value = argument.partition("=")
+    if not argument.isascii() and argument != argument.encode(errors="replace").decode():
+        raise UserError(f"{argument}: this is not UTF-8; rename what it names (convmv does), or type it in UTF-8")
     if not separator or not key:
         raise UserError(f"{argument}: a config file ends in .yaml, a setting is key=value")
     optional = (texts or {}).get(key, (texts or {}).get(f"{key.rpartition('.')[0]}.*"))
@@ -63,7 +74,7 @@ def read_setting(argument: str, texts: Mapping[str, bool] | None = None) -> Dict
     if optional is None:
         try:
             said = _said(yaml.compose(value, yaml.SafeLoader))
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, RecursionError) as error:
             if texts is not None:
                 raise UserError(f"{argument}: {key} takes YAML: {_problem(error)}") from None
     if said == MISSING:
@@ -78,7 +89,8 @@ def read_setting(argument: str, texts: Mapping[str, bool] | None = None) -> Dict
 
 def is_setting(argument: str) -> bool:
     """Whether a command's argument is KEY=VALUE, and not the path of a config file."""
-    return "=" in argument and not (argument.endswith((".yaml", ".yml")) and Path(argument).is_file())
+    is_path = Path(argument).is_file() or not re.fullmatch(r"[\w.]*", argument.partition("=")[0])
+    return "=" in argument and not (argument.endswith((".yaml", ".yml")) and is_path)
 
 
 def has_stages(arguments: Sequence[str]) -> bool:
@@ -91,29 +103,34 @@ def is_staged(path: Path) -> bool:
     return path.is_file() and "stages" in read_file(path)
 
 
-def _said(node: yaml.Node | None) -> Any:
+def _said(node: yaml.Node | None, count: Iterator[int] | None = None) -> Any:
     """Dicts and lists of text and None, as they stand in the tree of a YAML document."""
     if node is None:
         return None
+    count = itertools.count(1) if count is None else count
+    if next(count) > _MOST:
+        raise yaml.MarkedYAMLError(problem=f"its aliases make more than {_MOST:,} values", problem_mark=node.start_mark)
     if not node.tag.startswith(_STANDARD) or node.tag.startswith(_FOREIGN):
         raise yaml.MarkedYAMLError(problem=f"a config takes no {node.tag}", problem_mark=node.start_mark)
     if isinstance(node, yaml.ScalarNode):
         return None if node.tag == f"{_STANDARD}null" else node.value
     if isinstance(node, yaml.SequenceNode):
-        return [_said(child) for child in node.value]
+        return [_said(child, count) for child in node.value]
     inherited: dict[str, Any] = {}
     own: dict[str, Any] = {}
     for name, child in node.value:
         if name.tag == f"{_STANDARD}merge":
             parents = child.value if isinstance(child, yaml.SequenceNode) else [child]
-            inherited = {key: value for parent in reversed(parents) for key, value in _said(parent).items()} | inherited
+            for parent in parents:
+                inherited = _said(parent, count) | inherited  # the first that has a key has it
         elif not isinstance(name, yaml.ScalarNode) or name.value in own:
             problem = f"the key {name.value} stands there twice" if isinstance(name, yaml.ScalarNode) else "no key"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=name.start_mark)
         else:
-            own[name.value] = _said(child)
+            own[name.value] = _said(child, count)
     return inherited | own
 
 
-def _problem(error: yaml.YAMLError) -> str:
-    return getattr(error, "problem", None) or str(error).splitlines()[0]
+def _problem(error: Exception) -> str:
+    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+    return f"{problem} (a tab: indent with spaces)" if r"'\t'" in problem else problem

@@ -89,7 +89,7 @@ class FSDP2(Sharded, ModelParallelStrategy):
     def held(self, parameter: nn.Parameter) -> Held | Tensor:
         if not isinstance(parameter, DTensor):
             return parameter.detach()
-        local = parameter.detach().to_local().view(-1)
+        local = cast(DTensor, parameter.detach()).to_local().view(-1)
         _, offsets = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
         start = offsets[0] * math.prod(parameter.shape[1:]) if local.numel() else 0
         return Held(local, start, tuple(parameter.shape))

@@ -33,7 +33,8 @@ def run_facts() -> dict[str, str]:
 def _git_facts() -> dict[str, str]:
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        result = subprocess.run(command, capture_output=True, check=True, timeout=10)
+        return result.stdout.decode("utf-8", "replace").strip()
 
     try:
         git("ls-files", "--error-unmatch", Path(__file__).name)  # fails for a copy installed inside another checkout
@@ -51,7 +52,7 @@ def _version(package: str) -> str:
 
 def _cpu_model() -> str:
     with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()

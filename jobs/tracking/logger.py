@@ -30,6 +30,7 @@ from jobs.tracking.server import (
     PARAM_LENGTH,
     TAG_LENGTH,
     cause,
+    failure,
     import_mlflow,
     public_uri,
     resolve_uri,
@@ -160,6 +161,8 @@ class RunTracker(Logger):
             return
         self._final = max(self._final or "FINISHED", _FINAL_STATUS.get(status, "FAILED"), key=_BY_GRAVITY.index)
         self._append("status", status=self._final)
+        if "_spool" not in vars(self):  # no disk has taken the first event
+            return
         began = time.monotonic()
         drained = self._thread.flush(self._patience)
         self._patience = max(0.0, self._patience - (time.monotonic() - began))
@@ -216,14 +219,15 @@ def send_pending(run_dir: str | Path, uri: str | None = None) -> int:
         raise UserError(f"{run_dir} holds no record of a run (tracking/run.json): name the run directory of a training")
     spool = Spool(folder)
     known = spool.load("run.json")["tracking_uri"]
-    uri = resolve_uri(uri or (None if ":***@" in known else known))  # a password is not stored: the environment has it
+    uri = resolve_uri(uri or (None if "***" in known else known))  # a password is not stored: the environment has it
     sender, file = Sender(spool, uri), sqlite_path(uri)
     mend = "start the server and try again" if file is None else f"see to {file} and try again"
     try:
         sender.send()
-    except UserError as error:
-        raise UserError(f"{error}. The record of {run_dir} is kept, and sent when you try again then") from None
     except Exception as error:
+        kind, told = failure(error, public_uri(uri))
+        if kind != "away":
+            raise UserError(f"{told}. The record of {run_dir} is kept, and sent when you try again then") from None
         raise UserError(
             f"MLflow at {public_uri(uri)} cannot take the record of {run_dir}: {cause(error)}. "
             f"The record is kept; {mend}"

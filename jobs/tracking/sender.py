@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from jobs.tracking.server import cause, logged_images, mlflow_client, public_uri, sqlite_path, valid_key
+from jobs.tracking.server import failure, logged_images, mlflow_client, public_uri, sqlite_path, valid_key
 from jobs.tracking.spool import LANES, Spool
 from medsynth.errors import UserError
 
@@ -282,7 +282,7 @@ class SenderThread(threading.Thread):
         self._sender, self._where = sender, where
         self._turn = threading.Condition()
         self._failures = 0
-        self._asked_for_help = False  # a failure was one that only the user can mend, and was said
+        self._said: set[str] = set()  # kinds of failure, since the server last had everything
         self._waited_for = False
 
     def run(self) -> None:
@@ -310,15 +310,13 @@ class SenderThread(threading.Thread):
             self._sender.send()
         except Exception as error:  # whatever it is, training must not see it
             self._failures += 1
-            if isinstance(error, UserError) and not self._asked_for_help:
-                self._asked_for_help = True
-                _log.warning("%s. Training goes on; its record is kept and sent then.", error)
-            elif self._failures == 1:
-                message = "MLflow at %s is away: %s. Training goes on; its record is kept and sent later."
-                _log.warning(message, self._where, cause(error))
+            kind, told = failure(error, self._where)
+            if kind not in self._said:
+                self._said.add(kind)
+                _log.warning("%s. Training goes on; its record is kept and sent then.", told)
             return min(2.0 ** min(self._failures, 10), self._AWAY)
         if self._failures:
-            self._asked_for_help = False
+            self._said.clear()
             _log.warning("MLflow at %s is back and has the whole record.", self._where)
         self._failures = 0
         return self._RULE

@@ -1,6 +1,7 @@
 """MLflow: its URIs, its client, an SQLite database made whole, and what may be stored in it."""
 
 import fcntl
+import logging
 import os
 import re
 import shlex
@@ -12,13 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
+
+from medsynth.errors import UserError
+from medsynth.files import disk_fault
+from medsynth.secrets import without_secrets
 
 if TYPE_CHECKING:  # importing MLflow costs seconds
     from mlflow import MlflowClient
 
 DEFAULT_URI = "sqlite:///mlruns.db"
 DEFAULT_EXPERIMENT = "medsynth"
+
+_SAID = 4000  # characters of an error that are looked at: a server may answer with megabytes
 
 # MLflow's own limits, in characters.
 _KEY_LENGTH, PARAM_LENGTH, TAG_LENGTH = 250, 6000, 8000
@@ -48,9 +54,8 @@ def sqlite_path(uri: str) -> Path | None:
 
 
 def public_uri(uri: str) -> str:
-    """`uri` with a password in it replaced by ***."""
-    password = urlsplit(uri).password
-    return uri.replace(f":{password}@", ":***@", 1) if password else uri
+    """`uri` with a password or token in it replaced by ***."""
+    return without_secrets(uri, environment=False)  # it is read again where nothing is hidden
 
 
 def is_server(uri: str) -> bool:
@@ -88,6 +93,8 @@ def import_mlflow() -> ModuleType:
         os.environ.setdefault(name, value)
     import mlflow
 
+    # It shows whole statements of a database that fails; what is to be known of that, the sender says.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     return mlflow
 
 
@@ -142,9 +149,26 @@ def valid_key(name: str) -> str:
 
 
 def cause(error: Exception) -> str:
-    """The innermost cause, in one line."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return re.sub(r".*\(Caused by (.*)\)+$", r"\1", text)[:300]
+    """The innermost cause, in one line without secrets: libraries show whole addresses, and all that a server said."""
+    text = without_secrets(" ".join(str(error)[:_SAID].split())) or type(error).__name__
+    _, link, inner = text.rpartition("(Caused by ")
+    return (inner.removesuffix(")") if link else text)[:300]
+
+
+def failure(error: Exception, where: str) -> tuple[str, str]:
+    """What keeps MLflow at `where` from taking a record: its kind, and a line that says how it is mended."""
+    said = cause(error)
+    if isinstance(error, UserError):
+        return "refused", str(error)
+    if getattr(error, "error_code", None) in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
+        login = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+        return "login", f"MLflow at {where} wants a login: set {login} in the environment ({said})"
+    if "CERTIFICATE_VERIFY_FAILED" in said:
+        mend = "set MLFLOW_TRACKING_SERVER_CERT_PATH to the file of who signed it, or have it renewed"
+        return "certificate", f"MLflow at {where} has a certificate that is not trusted: {mend} ({said})"
+    if isinstance(error, OSError) and (reason := disk_fault(error)):
+        return "disk", f"what MLflow at {where} has cannot be written down: {reason}"
+    return "away", f"MLflow at {where} is away: {said}"
 
 
 @dataclass(frozen=True)

@@ -10,17 +10,17 @@ import errno
 import fcntl
 import json
 import os
-import shutil
 import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from medsynth.files import write_whole
+from medsynth.files import parse_json, put_whole, read_object, write_whole
 
 LANES = {"records": ("metrics", "param", "tag", "status"), "files": ("image", "artifact")}
 """The lanes that events are sent in, and the kinds of events in each."""
@@ -36,7 +36,7 @@ def read_identity(run_dir: str | Path) -> dict[str, Any]:
 def read_run_id(run_dir: str | Path) -> str | None:
     """The id of the MLflow run of a run directory; None where MLflow has not been reached, or nothing logged."""
     with suppress(FileNotFoundError):
-        return json.loads((Path(run_dir) / "tracking" / "run.json").read_text())["run_id"]
+        return read_object(Path(run_dir) / "tracking" / "run.json")["run_id"]
     return None
 
 
@@ -90,16 +90,18 @@ class Spool:
         """Copy a picture into `files`; its name there."""
         name = f"{uuid.uuid4().hex}.png"
         if isinstance(picture, Image.Image):
-            picture.save(self.files / name)
+            content = BytesIO()
+            picture.save(content, format="PNG")
+            put_whole(self.files / name, content.getvalue())
         else:
-            shutil.copyfile(picture, self.files / name)
+            put_whole(self.files / name, Path(picture).read_bytes())
         return name
 
     def load(self, name: str) -> dict[str, Any]:
         """The JSON object of file `name`; empty where there is none."""
         try:
-            return json.loads((self.folder / name).read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
+            return read_object(self.folder / name)
+        except (FileNotFoundError, ValueError):
             return {}
 
     def save(self, name: str, content: Mapping[str, Any]) -> None:
@@ -114,7 +116,7 @@ class Spool:
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Keeps all other senders of this directory waiting."""
-        with (self.folder / "lock").open("w") as file:
+        with (self.folder / "lock").open("wb") as file:
             with suppress(OSError):  # a file system without locks: one sender at a time is then up to the user
                 fcntl.flock(file, fcntl.LOCK_EX)
             yield
@@ -127,6 +129,6 @@ def milliseconds() -> int:
 
 def _event(line: bytes) -> dict[str, Any]:
     try:
-        return json.loads(line)
+        return parse_json(line)
     except ValueError:
         return {"kind": ""}

@@ -26,6 +26,13 @@ from medsynth.ranges import choice, number
 
 DIFFUSERS_SCHEDULES = {"scaled_linear": "scaled_linear", "linear": "linear", "cosine": "squaredcos_cap_v2"}
 """Diffusers' name of each noise schedule."""
+# Keys of model.noise by those of a diffusers scheduler.
+_NOISE_KEYS = {
+    "steps": "num_train_timesteps",
+    "beta_start": "beta_start",
+    "beta_end": "beta_end",
+    "zero_terminal_snr": "rescale_betas_zero_snr",
+}
 CachedText = Callable[[list[str]], tuple[Tensor, Tensor]]
 
 SAMPLERS = {
@@ -59,6 +66,29 @@ class NoiseConfig:
         """float32 (steps,): the variance that each step adds."""
         betas = betas_of(self.schedule, self.beta_start, self.beta_end, self.steps)
         return zero_terminal_snr(betas) if self.zero_terminal_snr else betas
+
+    def leaves(self, learned: Tensor) -> bool:
+        """Whether a pretrained network's alpha_bar (steps,) is this one's, before zero_terminal_snr if it is on; the
+        whole schedule is compared, whatever it was made from."""
+        for ours in (self, replace(self, zero_terminal_snr=False)):
+            alpha_bar = alphas_cumprod(ours.betas())
+            # diffusers' Euler keeps 2⁻²⁴ at the last step of a zero terminal SNR, so as not to divide by zero.
+            if alpha_bar.shape == learned.shape and torch.allclose(alpha_bar, learned, rtol=1e-4, atol=1e-7):
+                return True
+        return False
+
+    def require_learned(self, scheduler: Any, where: str) -> None:
+        """Raise UserError unless a pretrained folder's scheduler `leaves` this signal. where: begins the line."""
+        if self.leaves(scheduler.alphas_cumprod):
+            return
+        described = scheduler.config
+        theirs = {key: described[name] for key, name in _NOISE_KEYS.items() if described.get(name) is not None}
+        schedules = {name: ours for ours, name in DIFFUSERS_SCHEDULES.items()}
+        theirs["schedule"] = schedules.get(described["beta_schedule"])
+        if described.get("trained_betas") is not None or theirs["schedule"] is None:
+            raise UserError(f"{where} was trained with betas of its own, which model.noise cannot say")
+        mend = " ".join(f"model.noise.{key}={str(value).lower()}" for key, value in theirs.items())
+        raise UserError(f"{where} was trained with other noise; set {mend}")
 
 
 @dataclass(frozen=True)
@@ -170,7 +200,7 @@ class LatentDiffusion(GenerativeModule):
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
-        """Pictures in about [-1, 1] from normalised latents."""
+        """Pictures in about [-1, 1] from normalised latents; of a stage that draws for another, what that is told."""
 
     @abstractmethod
     def embed(self, captions: list[str]) -> Context:

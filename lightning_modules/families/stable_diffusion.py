@@ -1,7 +1,7 @@
 """What the Stable Diffusion family shares: its networks in diffusers' layout, its latents, its text, its loss."""
 
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Optional
@@ -16,7 +16,6 @@ from torch import Tensor
 from datamodules.batches import ImageBatch
 from lightning_modules.base import to_model_range
 from lightning_modules.families.latent_diffusion import (
-    DIFFUSERS_SCHEDULES,
     Context,
     Denoised,
     LatentDiffusion,
@@ -30,7 +29,6 @@ from lightning_modules.maths.diffusion import (
     PREDICTION_TYPES,
     SampleRandom,
     add_noise,
-    alphas_cumprod,
     min_snr_weight,
     offset_noise,
     to_original,
@@ -45,13 +43,6 @@ from medsynth.errors import UserError
 from medsynth.ranges import choice, number
 
 KEY = "model.pretrained"
-# Keys of model.noise by those of a diffusers scheduler.
-_NOISE_KEYS = {
-    "steps": "num_train_timesteps",
-    "beta_start": "beta_start",
-    "beta_end": "beta_end",
-    "zero_terminal_snr": "rescale_betas_zero_snr",
-}
 # What a folder's scheduler may do to a prediction and this project's never does.
 _CLIPPING = ("clip_sample", "thresholding")
 
@@ -247,27 +238,16 @@ class StableDiffusionBase(LatentDiffusion):
     def _check_scheduler(self) -> None:
         """Raise UserError unless the folder's signal at each step is the model's, before zero_terminal_snr if it is on.
 
-        The whole schedule is compared, whatever it was made from. How to step is the method's to say.
+        How to step is the method's to say.
         """
-        folder, noise = self._folder, self.config.noise
-        learned, described = folder.scheduler.alphas_cumprod, folder.scheduler.config
+        folder = self._folder
+        described = folder.scheduler.config
         if clipping := [name for name in _CLIPPING if described.get(name)]:
             rank_zero_warn(
                 f"{KEY}: {folder.path}/scheduler says {clipping[0]}; pictures are drawn here without, and the "
                 "scheduler that is exported says so"
             )
-        for ours in (noise, replace(noise, zero_terminal_snr=False)):
-            alpha_bar = alphas_cumprod(ours.betas())
-            # diffusers' Euler keeps 2⁻²⁴ at the last step of a zero terminal SNR, so as not to divide by zero.
-            if alpha_bar.shape == learned.shape and torch.allclose(alpha_bar, learned, rtol=1e-4, atol=1e-7):
-                return
-        theirs = {key: described[name] for key, name in _NOISE_KEYS.items() if described.get(name) is not None}
-        schedules = {name: ours for ours, name in DIFFUSERS_SCHEDULES.items()}
-        theirs["schedule"] = schedules.get(described["beta_schedule"])
-        if described.get("trained_betas") is not None or theirs["schedule"] is None:
-            raise UserError(f"{KEY}: {folder.path} was trained with betas of its own, which model.noise cannot say")
-        mend = " ".join(f"model.noise.{key}={str(value).lower()}" for key, value in theirs.items())
-        raise UserError(f"{KEY}: {folder.path} was trained with other noise; set {mend}")
+        self.config.noise.require_learned(folder.scheduler, f"{KEY}: {folder.path}")
 
     def _check_resolution(self) -> None:
         shape = self.config.architecture

@@ -1,6 +1,5 @@
 """Which files of a folder in the hub's layout hold a network's weights."""
 
-import json
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -8,6 +7,7 @@ from typing import NamedTuple
 from safetensors import SafetensorError, safe_open
 
 from medsynth.errors import UserError
+from medsynth.files import parse_json
 
 CONFIG = "config.json"
 # (name without suffix, suffix) in the order of preference: safetensors run no code, pickles are read as weights only.
@@ -109,7 +109,7 @@ def instead_of(file: Path) -> str:
 
 def _shards(read: Callable[[str], str], index: str, where: str) -> list[str]:
     try:
-        shards = sorted(set(json.loads(read(index))["weight_map"].values()))
+        shards = sorted(set(parse_json(read(index))["weight_map"].values()))
         if not all(PurePosixPath(name).name == name for name in shards):
             raise ValueError("it names files of other folders")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

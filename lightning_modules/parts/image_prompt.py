@@ -15,6 +15,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWi
 from lightning_modules.parts.pretrained import fill, load_network
 from lightning_modules.parts.weights import RANDOM, Weights, made_here
 from medsynth.errors import UserError
+from medsynth.files import read_object
 from medsynth.loading import one_line
 
 _ENCODER, _CONFIG, _WEIGHTS = "image_encoder", "config.json", "diffusion_pytorch_model.safetensors"
@@ -51,8 +52,7 @@ class ImagePrompt(nn.Module):
         """Tokens (n, tokens, text width) of pictures, float32 (n, 3, H, W) in [0, 1]."""
         side: Any = self.encoder.config.image_size
         with torch.no_grad():
-            resized = F.interpolate(pictures, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
-            embeddings = self.encoder((resized - self.mean) / self.std).image_embeds
+            embeddings = self.encoder((resized(pictures, side) - self.mean) / self.std).image_embeds
         return self.weight * self.projection(embeddings)
 
     def train(self, mode: bool = True) -> Self:
@@ -75,7 +75,7 @@ class ImagePrompt(nn.Module):
             "text_width": linear.out_features // self.projection.num_image_text_embeds,
             "weight": self.weight,
         }
-        (directory / _CONFIG).write_text(json.dumps(described, indent=2) + "\n")
+        (directory / _CONFIG).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
         weights = {name: value.detach().contiguous() for name, value in self.projection.state_dict().items()}
         save_file(weights, directory / _WEIGHTS)
         encoder.save_pretrained(directory / _ENCODER)
@@ -93,7 +93,7 @@ class ImagePrompt(nn.Module):
         """
         directory = Path(directory)
         try:
-            described = json.loads((directory / _CONFIG).read_text())
+            described = read_object(directory / _CONFIG)
             if not (directory / _ENCODER).is_dir():
                 raise ValueError(f"there is no folder {_ENCODER}")
             prompt = cls(*load_image_encoder(str(directory / _ENCODER), _ENCODER), **described)
@@ -101,6 +101,46 @@ class ImagePrompt(nn.Module):
         except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
             raise UserError(f"{directory} holds no image prompt: {one_line(error)}") from error
         return prompt.eval()
+
+
+class ImageEncoder(nn.Module):
+    """A frozen CLIP image encoder, as it is asked for the embeddings of pictures."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, encoder: CLIPVisionModelWithProjection, processor: CLIPImageProcessor):
+        """processor: gives the mean and standard deviation of the pictures that the encoder has learned."""
+        super().__init__()
+        self.encoder = encoder.requires_grad_(False).eval()
+        for name, values in (("mean", processor.image_mean), ("std", processor.image_std)):
+            self.register_buffer(name, torch.tensor(values).reshape(1, 3, 1, 1), persistent=False)
+
+    @torch.no_grad()
+    def forward(self, pictures: Tensor) -> Tensor:
+        """Projected embeddings float32 (n, D), of no particular length, of pictures (n, 3, H, W) in [0, 1]."""
+        return self._embed(self.normalised(pictures))
+
+    def normalised(self, pictures: Tensor) -> Tensor:
+        """Pictures (n, 3, H, W) in [0, 1] as the encoder takes them."""
+        return (resized(pictures.float(), self._side) - self.mean) / self.std
+
+    @torch.no_grad()
+    def of_nothing(self) -> Tensor:
+        """The embedding (1, D) of zeros in the place of a normalised picture: what stands for no picture."""
+        return self._embed(torch.zeros(1, 3, self._side, self._side, device=self.mean.device))
+
+    @property
+    def _side(self) -> Any:
+        return self.encoder.config.image_size
+
+    def _embed(self, normalised: Tensor) -> Tensor:
+        return self.encoder(normalised.to(self.encoder.dtype)).image_embeds.float()
+
+
+def resized(pictures: Tensor, side: int) -> Tensor:
+    """Pictures (n, 3, H, W) in [0, 1] at the side that an encoder takes, bicubic with antialiasing."""
+    return F.interpolate(pictures, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
 
 
 def load_image_encoder(source: str, key: str) -> tuple[CLIPVisionModelWithProjection, CLIPImageProcessor]:
@@ -116,13 +156,20 @@ def load_image_encoder(source: str, key: str) -> tuple[CLIPVisionModelWithProjec
         return _random_encoder(), CLIPImageProcessor()
     folder = Weights(key, source).require()
     encoder = load_network(CLIPVisionModelWithProjection, folder, key, spare=_NO_PICTURES)
+    return encoder, load_processor(folder, key)
+
+
+def load_processor(folder: Path, key: str) -> CLIPImageProcessor:
+    """How pictures are normalised for a CLIP; where the folder says nothing of it, by CLIP's own mean and deviation.
+
+    Raises:
+        UserError: what it says cannot be read; `key` is named.
+    """
     try:
-        # A folder of the encoder alone may say nothing of pictures: CLIP's own mean and deviation then.
         known = (folder / "preprocessor_config.json").is_file()
-        processor = CLIPImageProcessor.from_pretrained(folder, local_files_only=True) if known else CLIPImageProcessor()
+        return CLIPImageProcessor.from_pretrained(folder, local_files_only=True) if known else CLIPImageProcessor()
     except Exception as error:  # the library raises of many kinds; all mean that the file is not what it says
         raise UserError(f"{key}: {folder}/preprocessor_config.json cannot be read: {one_line(error)}") from error
-    return encoder, processor
 
 
 def _random_encoder() -> CLIPVisionModelWithProjection:

@@ -2,13 +2,13 @@
 
 import warnings
 
-import torch
 from torch import Tensor, nn
 
 from lightning_modules.parts.pretrained import fill
 from lightning_modules.parts.weights import RANDOM, Weights
 from medsynth.errors import UserError
 from medsynth.loading import one_line
+from medsynth.pickled import read_pickled
 
 _KEY = "model.perceptual_weights"
 
@@ -44,7 +44,7 @@ class PerceptualLoss(nn.Module):
     def _load_vgg(self, source: str) -> None:
         path = Weights(_KEY, source).require()
         try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
+            saved = read_pickled(path)
             # lpips cuts torchvision's `features` into slices but keeps the layers' numbers.
             named = {"features." + name.split(".", 1)[1]: name for name in self.net.net.state_dict()}
             if absent := sorted(named.keys() - saved.keys()):

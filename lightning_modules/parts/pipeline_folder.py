@@ -1,24 +1,18 @@
 """A Stable Diffusion pipeline of 1.x or 2.x in diffusers' layout: what its files say, and its networks."""
 
-import inspect
-import json
 from functools import cached_property
-from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
-import diffusers
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig
 
 from lightning_modules.maths.diffusion import PREDICTION_TYPES
+from lightning_modules.parts.diffusers_folder import DiffusersFolder
 from lightning_modules.parts.hub_layout import instead_of, single_file
-from lightning_modules.parts.pretrained import load_network
-from lightning_modules.parts.weights import Weights
 from medsynth.errors import UserError
 from medsynth.loading import one_line
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-_NETWORKS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
 # Inputs of diffusers' U-Net, by the key of its config that asks for them, which no method here feeds.
 _UNFED = {
     "time_cond_proj_dim": "the guidance, as a consistency model (LCM) does: give the model that it was distilled from",
@@ -30,18 +24,14 @@ _UNFED = {
 }
 # What a U-Net takes beside the noised latents, by its number of channels where latents have four.
 _BESIDE = {5: "a depth map", 7: "a small picture", 8: "another picture", 9: "a mask and a masked picture (inpainting)"}
-_MEND = "name a text-to-image Stable Diffusion 1.x or 2.x"
 
 
-class PipelineFolder:
-    """The folder of `weights`; whatever is asked of it raises UserError where its files do not say it."""
+class PipelineFolder(DiffusersFolder):
+    """The folder of a Stable Diffusion; "unet" and "vae" are its networks of diffusers."""
 
-    def __init__(self, weights: Weights):
-        self.weights, self.key = weights, weights.key
-
-    @cached_property
-    def path(self) -> Path:
-        return self.weights.require()
+    networks: ClassVar[dict[str, type]] = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
+    mend = "name a text-to-image Stable Diffusion 1.x or 2.x"
+    noise = "Stable Diffusion's kind"
 
     def check(self) -> None:
         """Raise UserError unless its parts are there and of one pipeline whose inputs are all fed here."""
@@ -51,35 +41,12 @@ class PipelineFolder:
         self._check_vae()
         prediction = self.scheduler.config.prediction_type
         if prediction not in PREDICTION_TYPES:
-            raise self._fault("scheduler", f"says prediction_type={prediction}, not {', '.join(PREDICTION_TYPES)}")
-
-    def config(self, part: str) -> dict[str, Any]:
-        """What the config of "unet" or "vae" says, and the library's default of what it leaves out."""
-        parameters = inspect.signature(_NETWORKS[part].__init__).parameters.values()
-        defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
-        return defaults | self._json(f"{part}/config.json")
+            raise self.fault("scheduler", f"says prediction_type={prediction}, not {', '.join(PREDICTION_TYPES)}")
 
     @property
     def text_width(self) -> int:
         """Width of the text embeddings."""
         return self._text_config.hidden_size
-
-    @cached_property
-    def scheduler(self) -> Any:
-        """Its scheduler, as diffusers makes it of its own class: what the file leaves out is that class's default."""
-        described = self._json("scheduler/scheduler_config.json")
-        name = str(described.get("_class_name", "DDIMScheduler"))
-        kind = getattr(diffusers, name, None)
-        if kind is None or "beta_schedule" not in inspect.signature(kind.__init__).parameters:
-            raise self._fault("scheduler", f"is of the class {name}, which knows no betas of Stable Diffusion's kind")
-        try:
-            return kind.from_config(described)
-        except Exception as error:  # any kind, of values that the class does not take
-            raise self._fault("scheduler", f"cannot be read: {one_line(error)}") from error
-
-    def load(self, part: str) -> Any:
-        """The network "unet" or "vae", float32."""
-        return load_network(_NETWORKS[part], self.path / part, self.key)
 
     # Within
 
@@ -88,7 +55,7 @@ class PipelineFolder:
         try:
             return CLIPTextConfig.from_pretrained(self.path / "text_encoder", local_files_only=True)
         except Exception as error:
-            raise self._fault("text_encoder", f"cannot be read: {one_line(error)}") from error
+            raise self.fault("text_encoder", f"cannot be read: {one_line(error)}") from error
 
     def _check_layout(self) -> None:
         folder = self.path
@@ -105,30 +72,27 @@ class PipelineFolder:
             )
 
     def _check_classes(self) -> None:
-        given = {part: self._json(f"{part}/config.json").get("_class_name") for part in _NETWORKS}
-        for part, network in _NETWORKS.items():
-            if given[part] not in (None, network.__name__):
-                raise self._fault(part, f"is a {given[part]}, not a {network.__name__}")
-        kind = self._json("text_encoder/config.json").get("model_type", "clip_text_model")
+        self.check_classes()
+        kind = self.json("text_encoder/config.json").get("model_type", "clip_text_model")
         if kind not in ("clip_text_model", "clip"):
-            raise self._fault("text_encoder", f"is of the kind {kind}, not CLIP's")
+            raise self.fault("text_encoder", f"is of the kind {kind}, not CLIP's")
 
     def _check_unet(self) -> None:
         unet = self.config("unet")
         for name, what in _UNFED.items():
             if unet[name] is not None:
-                raise self._fault("unet", f"has {name}={unet[name]}: it takes {what}, which no method here gives")
+                raise self.fault("unet", f"has {name}={unet[name]}: it takes {what}, which no method here gives")
         if unet["attention_type"] != "default":
-            raise self._fault("unet", f"has attention_type={unet['attention_type']}: it takes boxes (GLIGEN)")
+            raise self.fault("unet", f"has attention_type={unet['attention_type']}: it takes boxes (GLIGEN)")
         channels = self.config("vae")["latent_channels"]
         if unet["in_channels"] != channels:
             beside = _BESIDE.get(unet["in_channels"], "something") if channels == 4 else "something"
-            raise self._fault(
+            raise self.fault(
                 "unet", f"has in_channels={unet['in_channels']}, latents have {channels} channels: it takes {beside} "
                 "beside them, which no method here gives"
             )  # fmt: skip
         if unet["out_channels"] != channels:
-            raise self._fault(
+            raise self.fault(
                 "unet", f"has out_channels={unet['out_channels']}, latents have {channels} channels: it predicts more "
                 "than the noise"
             )  # fmt: skip
@@ -143,26 +107,13 @@ class PipelineFolder:
     def _check_vae(self) -> None:
         vae = self.config("vae")
         if (vae["in_channels"], vae["out_channels"]) != (3, 3):
-            raise self._fault("vae", f"has in_channels={vae['in_channels']}: pictures have three")
+            raise self.fault("vae", f"has in_channels={vae['in_channels']}: pictures have three")
         scale = vae["scaling_factor"]
         if not isinstance(scale, (int, float)) or not 0 < scale < float("inf"):
-            raise self._fault("vae", f"has scaling_factor={scale}; give the number that its U-Net was trained with")
+            raise self.fault("vae", f"has scaling_factor={scale}; give the number that its U-Net was trained with")
         for name in ("shift_factor", "latents_mean", "latents_std"):
             if vae.get(name):
-                raise self._fault(
+                raise self.fault(
                     "vae", f"has {name}, which Stable Diffusion's pipeline does not know: its U-Net was trained with "
                     "other latents"
                 )  # fmt: skip
-
-    def _json(self, name: str) -> dict[str, Any]:
-        path = self.path / name
-        try:
-            said = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.key}: {path} cannot be read: {error}") from None
-        if not isinstance(said, dict):
-            raise UserError(f"{self.key}: {path} cannot be read: it is no object of keys")
-        return said
-
-    def _fault(self, part: str, what: str) -> UserError:
-        return UserError(f"{self.key}: {self.path / part} {what}; {_MEND}")

@@ -16,15 +16,17 @@ from torch import Tensor, nn
 
 from lightning_modules.parts.hub_layout import weight_files
 from medsynth.errors import UserError
-from medsynth.loading import misfit, one_line
+from medsynth.loading import misfit, one_line, unfit_config
 
 _ADAPTER = "adapter_config.json"
 # How diffusers says it, before advice on how to go on with random weights.
 _SHAPES = re.compile(r"(\S+) expected shape torch\.Size\((\[.*?\])\), but got torch\.Size\((\[.*?\])\)")
 
 
-def load_network(network: type, folder: Path, key: str, spare: str | None = None) -> Any:
-    """A network of diffusers or transformers as its folder in the hub's layout holds it, float32, in evaluation mode.
+def load_network(
+    network: type, folder: Path, key: str, spare: str | None = None, dtype: torch.dtype = torch.float32
+) -> Any:
+    """A network of diffusers or transformers as its folder in the hub's layout holds it, in evaluation mode.
 
     Full precision is read where it is there, else half; safetensors, else pickles, of which nothing but weights is let
     through; whole or in shards.
@@ -33,6 +35,7 @@ def load_network(network: type, folder: Path, key: str, spare: str | None = None
         network: its class.
         key: the config key that named the folder.
         spare: pattern of the names of weights that the folder may hold in vain.
+        dtype: what its weights are held in, from the first on.
 
     Raises:
         UserError: the folder holds no such network, lacks a weight of it, has others, or one that is not finite.
@@ -45,6 +48,8 @@ def load_network(network: type, folder: Path, key: str, spare: str | None = None
         )
     if (folder / _ADAPTER).is_file():  # transformers would load the network that this names, from wherever it lies
         raise UserError(f"{key}: {folder} has {_ADAPTER}: an adapter's folder; name a folder of whole networks")
+    if reason := unfit_config(folder):
+        raise UserError(f"{key}: {folder}/config.json {reason}")
     absent = [name for name in found.names if not (folder / name).is_file()]
     if absent:
         raise UserError(
@@ -53,9 +58,9 @@ def load_network(network: type, folder: Path, key: str, spare: str | None = None
         )
     options: dict[str, Any] = {"use_safetensors": found.safetensors, "variant": found.variant}
     if issubclass(network, ModelMixin):
-        options["torch_dtype"] = torch.float32
+        options["torch_dtype"] = dtype
     else:
-        options |= {"dtype": torch.float32, "ignore_mismatched_sizes": True}  # the report below is clearer
+        options |= {"dtype": dtype, "ignore_mismatched_sizes": True}  # the report below is clearer
     try:
         with _quietly():
             loaded, report = network.from_pretrained(folder, local_files_only=True, output_loading_info=True, **options)

@@ -18,7 +18,8 @@ from medsynth.ranges import number
 # One thread tokenises a batch's few captions sooner than others wake up.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # What a whole CLIP has beside its text encoder: no token's embedding goes through it. Positions are counted anew.
-_NO_WORDS = r"^(vision_model\.|visual_projection\.|text_projection\.|logit_scale$)|position_ids$"
+_NO_TEXT = r"^(vision_model\.|visual_projection\.|logit_scale$)|position_ids$"
+_NO_WORDS = rf"^text_projection\.|{_NO_TEXT}"
 
 
 @dataclass(frozen=True)
@@ -51,23 +52,34 @@ class TextEncoder(nn.Module):
     tokenizer: Any  # transformers', of the model's kind
     model: Any
 
-    def __init__(self, config: TextEncoderConfig, key: str = "model.text_encoder.source", attend_padding: bool = False):
+    def __init__(
+        self,
+        config: TextEncoderConfig,
+        key: str = "model.text_encoder.source",
+        attend_padding: bool = False,
+        pooled: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ):
         """Load or make the encoder.
 
-        attend_padding: let padding take part in attention, as Stable Diffusion has it.
+        attend_padding: let padding take part in attention, as Stable Diffusion has it. pooled: give the projected
+        embedding of the whole caption too, as one more row. dtype: what the weights are held in.
 
         Raises:
             UserError: the weights are absent or are no CLIP text encoder; `key` is named.
         """
         super().__init__()
         self.max_tokens, self.chunks, self.attend_padding = config.max_tokens, config.chunks, attend_padding
+        self.pooled = pooled
         self.learns = False  # else the same caption has the same embedding
         self._memory: dict[str, tuple[Tensor, Tensor]] = {}
-        self.tokenizer, self.model = _random(config) if config.source == RANDOM else _pretrained(config, key)
-        self.model.requires_grad_(False).eval()
+        made = _random(config, pooled) if config.source == RANDOM else _pretrained(config, key, pooled, dtype)
+        self.tokenizer, self.model = made[0], made[1].to(dtype).requires_grad_(False).eval()
 
     def forward(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         """Embed n captions: float (n, chunks · max_tokens, width), and the mask bool (n, …), True on real tokens.
+
+        With `pooled` each window has a row more, its last, which is real.
 
         A frozen encoder remembers the last 1,024 different captions: data sets say the same few hundred things over and
         over.
@@ -96,8 +108,12 @@ class TextEncoder(nn.Module):
         lengths = torch.tensor([[len(window)] for window in windows], device=device)
         mask = torch.arange(self.max_tokens, device=device) < lengths
         attended = None if self.attend_padding else mask.long()
-        embeddings = self.model(input_ids=input_ids, attention_mask=attended).last_hidden_state
-        length = self.chunks * self.max_tokens
+        given = self.model(input_ids=input_ids, attention_mask=attended)
+        embeddings = given.last_hidden_state
+        if self.pooled:
+            embeddings = torch.cat([embeddings, given.text_embeds[:, None]], dim=1)
+            mask = torch.cat([mask, mask[:, :1]], dim=1)
+        length = self.chunks * embeddings.shape[1]
         return embeddings.reshape(len(captions), length, -1), mask.reshape(len(captions), length)
 
     def _windows(self, caption: str, ids: list[int]) -> list[list[int]]:
@@ -119,15 +135,16 @@ def text_weights(key: str, source: str) -> Weights:
     return Weights(key, source, nested=("tokenizer", "text_encoder"))
 
 
-def _pretrained(config: TextEncoderConfig, key: str):
-    from transformers import AutoTokenizer, CLIPTextModel
+def _pretrained(config: TextEncoderConfig, key: str, pooled: bool, dtype: torch.dtype) -> tuple[Any, Any]:
+    from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
 
     folder = text_weights(key, config.source).require()
     parts = (folder / "tokenizer", folder / "text_encoder")
     tokenizer_folder, model_folder = parts if all(p.is_dir() for p in parts) else (folder, folder)
-    model = load_network(CLIPTextModel, model_folder, key, spare=_NO_WORDS)
+    network, spare = (CLIPTextModelWithProjection, _NO_TEXT) if pooled else (CLIPTextModel, _NO_WORDS)
+    model = load_network(network, model_folder, key, spare, dtype)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises of many kinds; all mean that there is no tokenizer
         raise UserError(f"{key}: {tokenizer_folder} holds no tokenizer: {one_line(error)}") from error
     _check_tokenizer(tokenizer, model.config, f"{key}: {tokenizer_folder}")
@@ -161,16 +178,17 @@ def _check_tokenizer(tokenizer: Any, text: Any, where: str) -> None:
             raise UserError(f"{where} has no {name.removesuffix('_id')}; it is not the tokenizer of a CLIP")
 
 
-def _random(config: TextEncoderConfig):
+def _random(config: TextEncoderConfig, pooled: bool) -> tuple[Any, Any]:
     """A CLIP text model with weights from a fixed seed, and a tokenizer that spells any word."""
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     tokenizer = _word_tokenizer()
     with made_here():
-        model = CLIPTextModel(
+        model = (CLIPTextModelWithProjection if pooled else CLIPTextModel)(
             CLIPTextConfig(
                 vocab_size=config.vocabulary,
                 hidden_size=config.width,
+                projection_dim=config.width,
                 intermediate_size=4 * config.width,
                 num_hidden_layers=config.layers,
                 num_attention_heads=config.heads,

@@ -15,6 +15,7 @@ from lightning_modules.parts.hub_layout import CONFIG, choose, incomplete, weigh
 from medsynth.errors import UserError
 from medsynth.files import sha256_of
 from medsynth.loading import one_line
+from medsynth.process import can_write
 
 RANDOM = "random"
 """The source that means: made here from a fixed seed, nothing to load."""
@@ -125,18 +126,28 @@ class Weights:
     def _download(self) -> Path:
         if self.is_url:
             target = Path(torch.hub.get_dir()) / "checkpoints" / self.source.rsplit("/", 1)[-1]
+            self._require_writable(target.parent, "TORCH_HOME")
             target.parent.mkdir(parents=True, exist_ok=True)
             # A published file carries the start of its SHA-256 in its name: name-01234567.pth.
             digest = re.search(r"-([0-9a-f]{8,})\.\w+$", target.name)
             torch.hub.download_url_to_file(self.source, str(target), hash_prefix=digest and digest[1])
             return target
-        from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+        from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+
+        self._require_writable(Path(constants.HF_HUB_CACHE), "HF_HOME")
 
         def read(name: str) -> str:
             return Path(hf_hub_download(self.source, name)).read_text(encoding="utf-8")
 
         names = HfApi().list_repo_files(self.source)
         return Path(snapshot_download(self.source, allow_patterns=self.wanted(names, read)))
+
+    def _require_writable(self, cache: Path, variable: str) -> None:
+        if not can_write(cache):
+            raise UserError(
+                f"{self.key}: {self.source} cannot be kept in {cache}, where nothing can be written: set {variable} to "
+                "a folder for weights, here and where the run is started"
+            )
 
     def wanted(self, names: list[str], read: Callable[[str], str]) -> list[str]:
         """Of a repository's files those that are read here; an index's shards, but not the same weights twice.

@@ -359,7 +359,7 @@ def test_any_flipped_bit_of_the_manifest_is_found(tmp_path):
 
 def test_manifest_of_a_later_format_is_refused(tmp_path, monkeypatch):
     with monkeypatch.context() as later:
-        later.setattr("callbacks.durable.FORMAT", 2)
+        later.setattr("callbacks.manifest.FORMAT", 2)
         path = save(tmp_path / "last.ckpt", 1)
     assert verify(path) == "manifest.json has format 2, and this version reads 1"
 

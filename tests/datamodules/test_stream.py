@@ -1,5 +1,12 @@
 """The sample stream: each sample once a pass, in an order that no number of processes and no restart changes."""
 
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import tempfile
+import time
 from collections import Counter
 
 import lightning as L
@@ -8,7 +15,8 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from datamodules.base import DataConfig, ImageDataModule
+from datamodules import base
+from datamodules.base import DataConfig, ImageDataModule, leave_signals_to_the_parent
 from datamodules.batches import Conditions, ImageBatch, collate
 from datamodules.stream import (
     EvaluationSampler,
@@ -18,7 +26,7 @@ from datamodules.stream import (
     StreamLoader,
     derive_seed,
 )
-from medsynth.errors import UserError
+from medsynth.errors import UserError, WorkerLost, naming_lost_workers
 
 
 class Positions(Dataset):
@@ -290,3 +298,84 @@ def test_a_mistake_in_a_worker_is_the_one_line_that_it_is(workers, batch_size):
     assert str(refused.value) == "images/p7.png cannot be decoded (image file is truncated)"
     assert refused.value.exit_code == 76
     assert taken == (list(torch.arange(7)[:, None]) if batch_size is None else [list(torch.arange(4)[:, None])])
+
+
+class Large(Dataset):
+    """40 samples of 1 MiB."""
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.full((1 << 18,), float(index))
+
+
+def no_more_files(worker: int) -> None:
+    """As `ulimit -n` with a small number."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
+
+
+def small_shared_memory(worker: int) -> None:
+    """A file of shared memory may be no larger than 64 KiB, as where /dev/shm has no more."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
+
+
+@pytest.mark.parametrize(
+    ("limit", "said"),
+    [
+        (no_more_files, r"\(too many open files\): raise `ulimit -n`; or take fewer workers"),
+        (small_shared_memory, r"\(unable to .*/torch_.*: /dev/shm is too small: start the container with"),
+    ],
+)
+def test_a_batch_that_cannot_be_handed_over_is_told_and_not_waited_for(limit, said):
+    loader = PlainLoader(Large(), batch_size=2, collate_fn=torch.stack, num_workers=1, worker_init_fn=limit, timeout=60)
+    with pytest.raises(UserError, match=said) as caught:
+        list(loader)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("folder", "said"), [("x" * 90, "AF_UNIX path too long"), ("none", "No such file")])
+def test_workers_without_a_place_for_their_sockets_are_not_begun(tmp_path, monkeypatch, folder, said):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / folder))
+    if folder != "none":
+        (tmp_path / folder).mkdir()
+    with pytest.raises(UserError, match=f"{said}.*: let TMPDIR be a folder with a short path"):
+        PlainLoader(Large(), batch_size=2, num_workers=1)
+    PlainLoader(Large(), batch_size=2)
+
+
+def test_shared_memory_that_would_run_out_is_named_before_training(monkeypatch):
+    row = 4 * 3 * 2 * 2 + 8 + 8 + 1  # picture, label, seed, whether it is a prior's
+    data = PositionData(DataConfig(workers=3, root=""), batch_size=2)
+    ready = 2 * 3 + 4  # ahead in training, and all batches of a validation of 7
+    usage = shutil.disk_usage("/dev/shm")
+    monkeypatch.setattr(base.shutil, "disk_usage", lambda path: usage._replace(free=row * 2 * ready))
+    data.require_room()
+    with pytest.raises(UserError, match=r"data.workers=3: .* give the container --shm-size=2m, or set data.workers=1$"):
+        data.require_room(processes=2)
+    PositionData(DataConfig(workers=0, root=""), batch_size=2).require_room(processes=2)
+
+
+class Deadly:
+    """Items, the third of which ends the worker that reads it, as a machine without memory does."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        if index == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return torch.zeros(1)
+
+
+def test_a_worker_that_is_killed_is_one_line_that_says_so_and_another_start_may_go_through():
+    loader = PlainLoader(Deadly(), collate_fn=torch.stack, num_workers=2, worker_init_fn=leave_signals_to_the_parent)
+    began = time.monotonic()
+    said = r"worker \(pid.* (is killed by signal: Killed|exited unexpectedly): .* more memory"
+    with pytest.raises(WorkerLost, match=said) as lost, naming_lost_workers():
+        list(loader)
+    assert time.monotonic() - began < 30 and "\n" not in str(lost.value)
+    assert lost.value.exit_code == 1 != UserError.exit_code
+    assert not multiprocessing.active_children(), "Python would wait for them at its end"
+    with pytest.raises(RuntimeError, match="of another kind"), naming_lost_workers():
+        raise RuntimeError("of another kind")

@@ -10,6 +10,8 @@ from click.testing import CliRunner
 from PIL import Image, features
 
 from datamodules.chest_xray import ChestXRay, ChestXRayConfig
+from datamodules.cytology import Cytology, CytologyConfig
+from datamodules.files.layout_writers import convert
 from datamodules.files.walk import PictureFolder, others_in, walk
 from datamodules.medvqa_gi import MedVQAGI, MedVQAGIConfig
 from datamodules.phantoms.chest import write_dicom
@@ -219,3 +221,16 @@ def test_what_lies_in_one_folder_is_told_apart(tmp_path):
         "the folders train, val are read as one: which pictures validate is drawn by seed",
         "1 file is not read: q.heic",
     ]
+
+
+def test_names_that_are_not_utf8_are_read_where_they_are_no_text(tmp_path):
+    root = write_classes(tmp_path / "classes")
+    latin = os.fsdecode(b"p\xe4.png")
+    (root / "mild/p0.png").rename(root / "mild" / latin)
+    assert f"mild/{latin}" in walk(root)
+    Cytology(CytologyConfig(root=str(root), resolution=32, template=None, validation_images=2)).check()
+    with pytest.raises(UserError, match="its name is not UTF-8: rename it"):
+        convert(root, tmp_path / "out", "metadata")
+    (root / "mild").rename(root / os.fsdecode(b"m\xe4ld"))
+    with pytest.raises(UserError, match=r"4 bad samples(.|\n)*its name is not UTF-8: rename it"):
+        Cytology(CytologyConfig(root=str(root), resolution=32, template=None, validation_images=2)).check()

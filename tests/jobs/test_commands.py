@@ -79,7 +79,7 @@ def test_a_run_is_in_mlflow_with_all_that_was_asked(run):
 def test_a_run_that_fails_to_export_is_not_finished(run, here):
     (here / "again").mkdir()
     (here / "again/export").write_text("in the way")
-    with pytest.raises(OSError, match="export"):
+    with pytest.raises(UserError, match="again/export cannot be written: Not a directory"):
         train(load_config([run / "config.yaml"], ["run_dir=again", f"tracking.uri=sqlite:///{here}/again.db"]))
     from jobs.tracking.server import mlflow_client
     from jobs.tracking.spool import read_run_id
@@ -274,6 +274,18 @@ def test_prepare_weights_without_internet_names_the_source(tmp_path, monkeypatch
         medsynth(
             "prepare", "weights", REPOSITORY / "configs/msdm_vae.yaml", "model.perceptual_weights=file:///none/vgg.pth"
         )
+
+
+def test_prepare_weights_names_the_variable_of_a_cache_that_cannot_be_written(monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setenv("TORCH_HOME", "/dev/null")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", "/dev/null/hub")
+    vae, diffusion = (REPOSITORY / f"configs/{name}.yaml" for name in ("msdm_vae", "stable_diffusion"))
+    with pytest.raises(UserError, match="kept in /dev/null/hub/checkpoints.*: set TORCH_HOME to a folder for weights"):
+        medsynth("prepare", "weights", vae, "model.perceptual_weights=https://localhost/vgg.pth")
+    with pytest.raises(UserError, match="kept in /dev/null/hub, .*: set HF_HOME to a folder for weights"):
+        medsynth("prepare", "weights", diffusion, "model.pretrained=owner/name")
 
 
 def test_prepare_weights_fetches_a_url_into_the_cache(tmp_path, monkeypatch):

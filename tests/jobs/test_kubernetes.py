@@ -353,7 +353,7 @@ def tiny(nodes: int, processes: int, *settings: str) -> dict[str, dict]:
 def calm(_: int, folder: Path, data: Path) -> None:
     """One of the processes of the same training without pods, in `folder`."""
     os.chdir(folder)
-    train(load_for_pods([*TINY, f"data.root={data}"], nodes=1, gpus=4))
+    train(load_for_pods([*TINY, f"data.root={data}"], nodes=1, gpus=2))
 
 
 def volumes(folder: Path, data: Path) -> Path:
@@ -383,11 +383,11 @@ def wait_for_step(folder: Path, wanted: int, job: Job, seconds: float = 400) -> 
 
 
 def test_lost_pods_come_back_and_the_training_ends_as_if_none_had_been_lost(tmp_path, phantom, launch):
-    """Two pods of two processes; one is lost, then the one that keeps the store."""
-    together(4, calm, tmp_path, phantom, log=tmp_path / "calm.log", seconds=400)
+    """Of two pods one is lost, then the one that keeps the store."""
+    together(2, calm, tmp_path, phantom, log=tmp_path / "calm.log", seconds=400)
 
     folder = volumes(tmp_path / "disturbed", phantom)
-    job = launch(tiny(2, 2), folder)
+    job = launch(tiny(2, 1), folder)
     wait_for_step(folder, 5, job)
     survivor = job.pods[0]
     job.lose(1)
@@ -407,14 +407,14 @@ def test_lost_pods_come_back_and_the_training_ends_as_if_none_had_been_lost(tmp_
         expected, found = load_file(tmp_path / name), load_file(folder / "medsynth" / name)
         assert expected.keys() == found.keys()
         for key, value in expected.items():
-            # Not to the bit: four gradients are added in the order of DDP's buckets, which each start lays out anew.
+            # Not to the bit: DDP's buckets, which each start lays out anew, decide what is rounded together.
             torch.testing.assert_close(found[key], value, rtol=0, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}")
 
 
 def test_a_drained_pod_takes_the_others_along_and_all_save(tmp_path, phantom, launch):
-    """SIGTERM to one pod, as the kubelet sends it, ends both with 75; neither costs the Job anything."""
+    """SIGTERM to one pod of two processes, as the kubelet sends it, ends both with 75, at no cost to the Job."""
     folder = volumes(tmp_path, phantom)
-    job = launch(tiny(2, 1, "train.global_batch_size=4", "train.max_steps=2000"), folder)
+    job = launch(tiny(2, 2, "train.max_steps=2000"), folder)
     wait_for_step(folder, 5, job)
     job.pods[1].process.terminate()
     assert [pod.process.wait(300) for pod in job.pods.values()] == [75, 75], job.pods[1].log

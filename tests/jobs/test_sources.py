@@ -1,5 +1,6 @@
 """Text stays the text that was typed or written; a file is read as its author meant it."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from jobs.run.config import load_arguments, load_config
+from jobs.run.config import load_arguments, load_config, to_yaml
 from jobs.run.sources import is_setting, read_setting
 from jobs.study.plan import all_runs, arguments_of
 from jobs.study.read import read_study
@@ -110,6 +111,72 @@ def test_a_file_that_cannot_be_meant_is_one_line(tmp_path, text, said):
         load_config([TINY, path])
     assert str(caught.value).startswith(str(path))
     assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_a_file_in_another_encoding_is_one_line(tmp_path, encoding):
+    path = tmp_path / "wide.yaml"
+    path.write_bytes(FILE.encode(encoding))
+    with pytest.raises(UserError, match=r"wide.yaml is no YAML: save it as text in UTF-8$"):
+        load_config([TINY, path])
+
+
+@pytest.mark.parametrize("text", ["data:\n\tcsv: x\n", "seed:\t3", "seed: 3\t\n", "model: {\n\tvae: x}"])
+def test_a_tab_is_read_or_named(tmp_path, text):
+    path = tmp_path / "tab.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"tab.yaml is no YAML: line \d: .*\(a tab: indent with spaces\)$"):
+        load_config([TINY, path])
+
+
+PATHS = [
+    "a b",
+    "a=b",
+    " #1",
+    "a,b",
+    "$HOME",
+    "50%",
+    "it's",
+    '"q"',
+    "{x: 1}",
+    "[1, 2]",
+    "a\nb",
+    "a\\b",
+    "%d",
+    "*a",
+    "a\u2028b",
+]
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_a_path_is_the_same_after_it_was_written_down(tmp_path, name):
+    given = load_config([TINY], [f"run_dir={tmp_path}/{name}", f"data.root={name}/{name}"])
+    (tmp_path / "config.yaml").write_text(to_yaml(given), encoding="utf-8")
+    for config in (given, load_config([tmp_path / "config.yaml"])):
+        assert (config.run_dir, config.data.root) == (f"{tmp_path}/{name}", f"{name}/{name}")
+
+
+def test_a_config_that_is_not_here_is_named_with_where(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    where = re.escape(f"configs/tiny/msdm.yaml in {tmp_path}; there is {TINY}")
+    with pytest.raises(UserError, match=f"there is no config file {where}$"):
+        load_arguments(["configs/tiny/msdm.yaml"])
+    with pytest.raises(UserError, match="there is no config file a b=1.yaml in"):
+        load_arguments(["a b=1.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("run_dir=runs/${x}", "run_dir: Interpolation key 'x' not found"),
+        ("data.root=${data.root}", "data.root: Recursive interpolation detected"),
+        ("data.root=d\udce4ta", "this is not UTF-8; rename what it names"),
+    ],
+)
+def test_what_no_config_can_hold_is_one_line(setting, said):
+    with pytest.raises(UserError, match=re.escape(said)) as caught:
+        load_config([TINY], [setting])
     assert "\n" not in str(caught.value)
 
 

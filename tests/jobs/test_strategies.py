@@ -140,7 +140,11 @@ def test_two_processes_and_their_resumes_are_one_process(phantom, folder, alone,
     torch.testing.assert_close(pictures, expected, rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("method", ["stable_diffusion", "stable_diffusion_lora", "hypernetwork", "controlnet", "llcm"])
+IN_PARTS = ["stable_diffusion", "stable_diffusion_lora", "hypernetwork", "controlnet", "llcm"]
+IN_PARTS += ["kandinsky22_prior_whole", "kandinsky22_prior", "kandinsky22_decoder_whole", "kandinsky22_decoder"]
+
+
+@pytest.mark.parametrize("method", IN_PARTS)
 def test_each_method_learns_the_same_in_parts(method, phantoms, folder):
     """Two processes under each strategy that shards, two steps: the weights of one process."""
     alone = learned(method, phantoms, folder, f"{method}-alone", 1)

@@ -202,6 +202,37 @@ def test_deep_supervision_weighs_each_resolution_half():
     torch.testing.assert_close(loss, expected)
 
 
+@pytest.mark.parametrize("loss", ["l1", "l2"])
+def test_min_snr_weighs_each_sample_by_diffusers_signal_to_noise_ratio(loss):
+    from diffusers.training_utils import compute_snr
+
+    module = tiny_msdm(loss=loss, min_snr_gamma=0.2, deep_supervision=1, self_conditioning=0.0)
+    captured = {}
+    forward = module.unet.forward
+
+    def recording(z_t, t, *others):
+        captured.update(t=t, out=forward(z_t, t, *others))
+        return captured["out"]
+
+    module.unet.forward = recording
+    some = batch(["a"] * 6, seeds=list(range(6)))
+    found = module.losses(some)["loss"]
+    snr = compute_snr(module.scheduler(), captured["t"])
+    weight = snr.clamp(max=0.2) / snr
+    assert weight.min() < 0.1 and weight.max() == 1, "steps of little and of much noise are among them"
+    power = {"l1": 1, "l2": 2}[loss]
+    random = diffusion.SampleRandom(some.seeds)
+    moments = module.encode_moments(some.images)
+    random.normal(moments.shape[1] // 2, *moments.shape[2:])
+    noise = random.normal(*module.latent_shape())
+    out, (coarse,) = captured["out"]
+    fine, rough = (
+        (weight ** (power / 2) * (ours - theirs).abs().pow(power).mean((1, 2, 3))).mean()
+        for ours, theirs in ((out, noise), (coarse, F.avg_pool2d(noise, 2)))
+    )
+    torch.testing.assert_close(found, 2 / 3 * fine + 1 / 3 * rough)
+
+
 def test_an_export_loads_with_the_public_libraries_and_draws_the_same_pictures(tmp_path):
     codec = tiny_msdm().codec
     codec.save(tmp_path / "stage1")
