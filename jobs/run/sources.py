@@ -89,8 +89,9 @@ def read_setting(argument: str, texts: Mapping[str, bool] | None = None) -> Dict
 
 def is_setting(argument: str) -> bool:
     """Whether a command's argument is KEY=VALUE, and not the path of a config file."""
-    is_path = Path(argument).is_file() or not re.fullmatch(r"[\w.]*", argument.partition("=")[0])
-    return "=" in argument and not (argument.endswith((".yaml", ".yml")) and is_path)
+    if "=" not in argument or not argument.endswith((".yaml", ".yml")):  # a setting may be longer than any path
+        return "=" in argument
+    return not Path(argument).is_file() and bool(re.fullmatch(r"[\w.]*", argument.partition("=")[0]))
 
 
 def has_stages(arguments: Sequence[str]) -> bool:
