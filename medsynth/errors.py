@@ -1,6 +1,7 @@
 """The one exception that means "the user can mend this"."""
 
 import multiprocessing
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -36,11 +37,18 @@ def naming_lost_workers() -> Iterator[None]:
         said = str(error)
         if not said.startswith("DataLoader worker (pid"):
             raise
-        for other in multiprocessing.active_children():  # deaf to SIGTERM, by which Python would end them and wait
-            other.kill()
-            other.join(5)
+        _end_others()
         mend = "give the job more memory, or set fewer data.workers (evaluate: --workers)"
         raise WorkerLost(
             f"{said.splitlines()[0].partition(' It is')[0].rstrip('. ')}: as a rule by a machine that has no memory "
             f"left; {mend}, and start again: a run goes on from its last checkpoint"
         ) from error
+
+
+def _end_others() -> None:
+    """Kill all children: workers are deaf to SIGTERM, by which Python would end them, and it would wait for them."""
+    told = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else torch raises of each of these, too
+    for other in multiprocessing.active_children():
+        other.kill()
+        other.join(5)
+    signal.signal(signal.SIGCHLD, told or signal.SIG_DFL)
