@@ -28,8 +28,8 @@ LANES = {"records": ("metrics", "param", "tag", "status"), "files": ("image", "a
 
 def read_identity(run_dir: str | Path) -> dict[str, Any]:
     """What tracking/run.json says of a run directory; empty where there is none."""
-    with suppress(FileNotFoundError, json.JSONDecodeError):
-        return json.loads((Path(run_dir) / "tracking" / "run.json").read_text())
+    with suppress(FileNotFoundError, ValueError):
+        return read_object(Path(run_dir) / "tracking" / "run.json")
     return {}
 
 
