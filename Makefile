@@ -33,7 +33,7 @@ traces: install  ## Write the golden traces anew, after a change that is meant t
 	$(BIN)/python -m tests.traces
 
 manifests: install  ## Write k8s/ anew from the configs
-	$(BIN)/python -m jobs.cluster.kubernetes
+	$(BIN)/python -m jobs.study.manifests
 
 test: install lint  ## Lint and run every test but those on a real Slurm
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal --ignore=tests/cluster

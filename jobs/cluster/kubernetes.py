@@ -1,7 +1,4 @@
-"""Kubernetes manifests of training runs, all from the one template kubernetes.yaml.jinja.
-
-`python -m jobs.cluster.kubernetes` writes k8s/<preset>-train.yaml for every preset of configs/ anew.
-"""
+"""Kubernetes manifests of training runs, all from the one template kubernetes.yaml.jinja."""
 
 import math
 import re
@@ -102,7 +99,7 @@ def apply(manifest: str) -> None:
 
 
 def manifests() -> Iterator[tuple[Path, str]]:
-    """Path and text of every committed manifest."""
+    """Path and text of every preset's manifest."""
     for preset in presets():
         yield manifest_path(preset), render(load_for_pods([str(preset)]), name=f"{preset.stem}-train")
 
@@ -118,8 +115,3 @@ def object_name(name: str) -> str:
     if not label or not label[0].isalpha() or len(label) > 58:
         raise UserError(f"{name} names no Kubernetes object: it takes a letter first and at most 58 characters")
     return label
-
-
-if __name__ == "__main__":
-    for path, text in manifests():
-        path.write_text(text, encoding="utf-8")

@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from jobs.run.config import load_config
+from jobs.study.job import read_job
 from jobs.study.read import Point, Stage, read_study
 from jobs.study.slurm import script_of
 from jobs.submit import SIGNAL_SECONDS, load_for_job, make_executor, parse_minutes
@@ -20,6 +21,7 @@ from tests.conftest import REPOSITORY
 CONFIGS = REPOSITORY / "configs"
 # The others are shrunk to a CPU, for a machine of one's own.
 PRESETS = [path for path in sorted(CONFIGS.glob("*.yaml")) if "accelerator: cpu" not in path.read_text()]
+KANDINSKY = CONFIGS / "stages/kandinsky.yaml"
 SHELL = [path for path in (*REPOSITORY.glob("**/*.sh"), REPOSITORY / ".ci/run") if ".venv" not in path.parts]
 
 
@@ -43,7 +45,21 @@ def test_every_preset_has_a_script_whose_allocation_its_batch_fits(preset):
     assert asked["job-name"] == preset.stem
 
 
-@pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
+def test_kandinskys_script_trains_its_stages_on_what_it_asks_for(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    (launch,) = re.findall("^launch (.*) -- ", (REPOSITORY / "slurm/kandinsky.sh").read_text(), re.MULTILINE)
+    asked = options(KANDINSKY)
+    job = read_job([*launch.split(), f"hardware.nodes={asked['nodes']}"])
+    assert launch.split()[0] == str(KANDINSKY.relative_to(REPOSITORY))
+    assert [config.method for config in job.configs] == ["kandinsky22_prior", "kandinsky22_decoder"]
+    assert {config.hardware.devices for config in job.configs} == {int(asked["gpus-per-node"])}
+    # What the second draws with is what the first exports: an update alone could not be drawn with.
+    prior, decoder = job.configs
+    assert prior.model.export_merged and prior.model.adapter.rank > 0
+    assert decoder.model.prior == f"{prior.run_dir}/export/merged"
+
+
+@pytest.mark.parametrize("preset", [*PRESETS, KANDINSKY], ids=lambda path: path.stem)
 def test_every_script_survives_alike(preset):
     common = {"requeue": "", "signal": "B:USR1@300", "open-mode": "append", "output": "slurm/logs/%x-%j.log"}
     assert common.items() <= options(preset).items()

@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 from callbacks.durable import verify
 from jobs.cluster.elastic import exit_code
 from jobs.cluster.kubernetes import load_for_pods, manifests, presets, render
+from jobs.study.manifests import staged_manifests
 from jobs.train import train
 from medsynth.errors import UserError
 from tests.conftest import REPOSITORY
@@ -55,13 +56,16 @@ def msdm() -> dict[str, dict]:
     return objects((REPOSITORY / "k8s/msdm-train.yaml").read_text())
 
 
-def test_every_training_preset_has_its_manifest():
-    assert {path.name for path in TRAININGS} == {f"{preset.stem}-train.yaml" for preset in presets()}
-    assert "llcm-train.yaml" in {path.name for path in TRAININGS}
+def test_every_training_preset_and_every_job_of_stages_has_its_manifest(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    names = {f"{preset.stem}-train.yaml" for preset in presets()} | {path.name for path, _ in staged_manifests()}
+    assert {path.name for path in TRAININGS} == names
+    assert {"llcm-train.yaml", "kandinsky-train.yaml"} <= names
 
 
-def test_the_committed_manifests_are_the_templates_own():
-    for path, text in manifests():
+def test_the_committed_manifests_are_the_templates_own(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    for path, text in [*manifests(), *staged_manifests()]:
         assert path.read_text() == text, f"{path.name} is not what the template makes of its config: {MAKE}"
 
 
