@@ -8,8 +8,10 @@ import io
 import os
 import pwd
 import resource
+import stat
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from medsynth.errors import UserError
@@ -92,8 +94,10 @@ def can_write(folder: Path) -> bool:
 def _own_folder() -> Path:
     """A folder for temporary files that is this user's alone."""
     folder = Path(tempfile.gettempdir()) / f"medsynth-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.stat().st_uid != os.getuid():  # another has made it, and could change what is in it
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():  # another's, who could change what is in it
         return Path(tempfile.mkdtemp(prefix="medsynth-"))
     return folder
 

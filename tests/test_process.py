@@ -2,6 +2,7 @@
 
 import os
 import pwd
+import re
 import resource
 import subprocess
 import sys
@@ -54,11 +55,19 @@ def test_caches_lie_elsewhere_where_nothing_can_be_written_at_home(nobody, monke
     assert capsys.readouterr().err == ""
 
 
-def test_a_folder_that_another_user_has_made_is_not_taken(nobody, monkeypatch):
-    monkeypatch.setattr(os, "getuid", lambda: 54321)
-    (nobody / "medsynth-54321").mkdir()
+@pytest.mark.parametrize("kind", ["folder", "link", "file"])
+def test_a_folder_that_another_user_has_made_is_not_taken(kind, nobody, monkeypatch):
+    place = nobody / f"medsynth-{os.getuid()}"
+    if kind == "folder":
+        monkeypatch.setattr(os, "getuid", lambda: 54321)
+        (nobody / "medsynth-54321").mkdir()
+    elif kind == "link":
+        (nobody / "mine").mkdir()
+        place.symlink_to("mine")
+    else:
+        place.touch()
     process.settle()
-    assert Path.home().parent == nobody and Path.home().name != "medsynth-54321"
+    assert Path.home().parent == nobody and re.fullmatch("medsynth-[a-z0-9_]{8}", Path.home().name)
 
 
 def test_as_many_files_can_be_open_as_are_allowed():
