@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 NAME = "report"
 _PAPER = "paper"
+_MOST_TICKS = 12  # more would run into each other
 
 
 @dataclass
@@ -243,6 +244,10 @@ def _panel(axes: Any, table: StageTable, metric: str) -> None:
         axes.legend(fontsize=7)
     if numeric and len(points) > 2 and points[0][0] > 0 and points[-1][0] >= 8 * points[0][0]:
         axes.set_xscale("log", base=2)
+    places = sorted({place for place, *_ in points}) if numeric else []
+    if 0 < len(places) <= _MOST_TICKS:  # the values that were tried, and none between them
+        axes.set_xticks(places, [f"{place:g}" for place in places])
+        axes.minorticks_off()
     axes.set_title(f"{table.stage.name}: {metric}", fontsize=8)
     axes.set_xlabel(", ".join(table.stage.swept), fontsize=8)
     axes.tick_params(labelsize=7, axis="x", labelrotation=0 if numeric else 30)
