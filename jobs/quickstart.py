@@ -102,8 +102,6 @@ def _draw(out: Path) -> list[tuple[Path, str]]:
 
 def _trained_probe(data: Path) -> "tuple[Probe, float]":
     """A probe of the phantoms in `data`, and the share of its answers that are right on phantoms of another seed."""
-    import json
-
     import numpy as np
     import torch
     from rich.progress import Progress
@@ -112,9 +110,10 @@ def _trained_probe(data: Path) -> "tuple[Probe, float]":
     from datamodules.phantoms.colonoscopy import render
     from datamodules.phantoms.colonoscopy_questions import answers
     from datamodules.phantoms.colonoscopy_scene import draw_scene
+    from medsynth.files import parse_json
     from metrics.probe import train_probe
 
-    known = json.loads((data / "truth.json").read_text(encoding="utf-8"))
+    known = parse_json((data / "truth.json").read_bytes())
     images = torch.stack([read_rgb(data / "images" / f"{entry['name']}.jpg", _SIZE**2) for entry in known])
     truth = torch.tensor([list(answers(entry["truth"]).values()) for entry in known])
     with Progress() as bar:

@@ -25,8 +25,9 @@ from datamodules.files.layout_writers import convert
 from datamodules.phantoms.colonoscopy import write_colonoscopy
 from jobs import evaluate, submit
 from jobs.drawing.kept import write_picture
-from jobs.run.config import load_config
+from jobs.run.config import load_config, to_yaml
 from jobs.run.folder import build_source, write_config, write_split
+from jobs.study.submission import Submission
 from jobs.tracking.logger import RunTracker, TrackingConfig
 from jobs.train import train
 from lightning_modules.msdm import MSDM
@@ -56,7 +57,7 @@ WAYS = {
     "jobs/tracking/server.py": "a database: made beside, then linked",
     "jobs/tracking/sender.py": "by the spool",
     "jobs/tracking/logger.py": "by the spool",
-    "jobs/cluster/kubernetes.py": "the developers' own `make manifests`",
+    "jobs/study/manifests.py": "the developers' own `make manifests`",
 }
 
 
@@ -157,6 +158,10 @@ def long_config(phantom: Path, folder: Path):
     return tiny(phantom, folder, f"tracking.run_name={'long ' * 1000}")
 
 
+def submission(config) -> Submission:
+    return Submission(config, to_yaml(config), [config])
+
+
 WRITERS: dict[str, Callable[[Path, Path], Any]] = {
     "a file": lambda folder, phantom: put_whole(folder / "a", bytes(10_000)),
     "an export": lambda folder, phantom: export(folder),
@@ -169,7 +174,7 @@ WRITERS: dict[str, Callable[[Path, Path], Any]] = {
     "the split": lambda folder, phantom: full_disk(256) or write_split(build_source(tiny(phantom, folder))[0], folder),
     "a sample": lambda folder, phantom: write_picture(folder / "a.png", NOISE, {"prompt": "x"}),
     "scores": lambda folder, phantom: evaluate._write({"scores": ["x" * 10_000]}, folder / "a"),
-    "a submission": lambda folder, phantom: submit._write_submission(long_config(phantom, folder)),
+    "a submission": lambda folder, phantom: submit._write_submission(submission(long_config(phantom, folder))),
 }
 
 

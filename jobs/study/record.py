@@ -22,7 +22,7 @@ from jobs.study.read import Study
 from jobs.tracking.server import resolve_uri
 from jobs.tracking.spool import read_events, read_run_id
 from medsynth.errors import UserError
-from medsynth.files import write_whole
+from medsynth.files import read_object, write_whole
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -132,8 +132,7 @@ def claim(study: Study) -> None:
 
 def _kept(folder: Path) -> dict[str, Any]:
     with suppress(OSError, ValueError):
-        kept = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        return kept if isinstance(kept, dict) else {}
+        return read_object(folder / FILE)
     return {}
 
 

@@ -135,9 +135,9 @@ def draw(found: Sequence[StageTable]) -> bytes | None:
             _panel(axes, table, metric)
         for axes in line[len(metrics) :]:
             axes.set_visible(False)
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=110)
-    return out.getvalue()
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=110)
+    return content.getvalue()
 
 
 def _table(study: Study, stage: Stage, records: Mapping[str, Record], best: str | None) -> StageTable:

@@ -26,6 +26,7 @@ STABLE = settings(max_examples=30, deadline=None, derandomize=True)
 
 # These are left at their value: the choices, and what must agree with another key.
 CHOICES = {"method", "data.name", "data.square", "data.on_bad", "data.check", "data.samples"}
+CHOICES |= {"data.sixteen_bit", "data.on_duplicates"}
 CHOICES |= {"data.paraphrase_strategy", "model.sampler.name", "model.optim.name", "model.optim.schedule", "model.loss"}
 CHOICES |= {"hardware.accelerator", "hardware.strategy", "hardware.precision", "checkpoint.mode", "checkpoint.on_error"}
 CHOICES |= {"model.noise.schedule", "model.noise.zero_terminal_snr", "evaluation.extractor", "evaluation.reference"}
