@@ -15,7 +15,7 @@ $(VENV)/installed: pyproject.toml
 
 install: $(VENV)/installed  ## Make .venv with everything in it
 
-quickstart: install  ## Train a small MSDM on phantom pictures, on the CPU, in about ten minutes
+quickstart: install  ## Train a small MSDM on phantom pictures, on the CPU
 	$(BIN)/python -m jobs.quickstart
 
 colonoscopy: install  ## Train MSDM on real pictures, DATA=FOLDER in MEDVQA-GI's layout, on the CPU, in about 30 minutes
