@@ -9,10 +9,10 @@ from collections.abc import Iterator
 import click
 
 from jobs.cluster.kubernetes import load_for_pods, object_name, render
-from jobs.study.plan import Run, arguments_of, runs_of
+from jobs.study.plan import Run, arguments_of
 from jobs.study.progress import Progress
 from jobs.study.read import Study
-from jobs.study.record import State, claim
+from jobs.study.record import claim
 from jobs.study.report import report
 from jobs.study.tracked import tracked
 from medsynth.errors import UserError
@@ -51,13 +51,12 @@ def runs_to_train(progress: Progress) -> Iterator[Run]:
     Raises:
         UserError: a stage whose runs have all ended has no best.
     """
-    left_out = {State.DONE, *([State.FAILED] if progress.skip_failed else [])}
     records, open_stages = progress.records(), set()
     for stage in progress.study.stages:
         if stage.needs & open_stages:
             open_stages.add(stage.name)
             continue
-        runs = [run for run in runs_of(progress.study, stage) if records[run.label].state not in left_out]
+        runs = progress.to_train(stage, records)
         yield from (run for run in runs if progress.meant(run))
         if runs:
             open_stages.add(stage.name)

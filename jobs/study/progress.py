@@ -1,6 +1,6 @@
 """How far a study is, and the config of each run once what it builds on is known."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import click
 from omegaconf import DictConfig
@@ -91,6 +91,11 @@ class Progress:
         config = load_run_config(self.study, run, needs)
         refuse_contradiction(run, config)
         return config
+
+    def to_train(self, stage: Stage, records: Mapping[str, Record]) -> list[Run]:
+        """The runs of a stage that are not done, nor left out because they failed; records: of all runs, by label."""
+        left_out = {State.DONE, *([State.FAILED] if self.skip_failed else [])}
+        return [run for run in runs_of(self.study, stage) if records[run.label].state not in left_out]
 
     def meant(self, run: Run) -> bool:
         """Whether `only` is silent or names the run or its stage."""

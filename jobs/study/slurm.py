@@ -12,7 +12,7 @@ import click
 from jobs.study.plan import arguments_of, runs_of
 from jobs.study.progress import Progress
 from jobs.study.read import Stage, Study
-from jobs.study.record import Record, State, claim
+from jobs.study.record import Record, claim
 from jobs.study.report import report
 from jobs.study.tracked import tracked
 from medsynth.errors import UserError
@@ -97,11 +97,8 @@ def write_tables(progress: Progress, prefix: str) -> None:
 
 def places_to_run(progress: Progress, stage: Stage, records: Mapping[str, Record]) -> list[int]:
     """The numbers, from 1, of the runs of a stage that are to be trained."""
-    from jobs.study.plan import runs_of
-
-    left_out = {State.DONE, *([State.FAILED] if progress.skip_failed else [])}
-    runs = runs_of(progress.study, stage)
-    return [number for number, run in enumerate(runs, 1) if records[run.label].state not in left_out]
+    wanted = progress.to_train(stage, records)
+    return [number for number, run in enumerate(runs_of(progress.study, stage), 1) if run in wanted]
 
 
 def array_of(numbers: Sequence[int]) -> str:
