@@ -65,15 +65,21 @@ class Kandinsky22(LatentDiffusion):
     """The network that learns, by its name in the pipeline and here."""
     Folder: ClassVar[type[Kandinsky22Folder]]
 
+    nothing: Tensor
+    """What a decoder is told of no picture, (1, D), as the prior's image encoder gives it."""
+
     def __init__(self, config: Any, key: str = KEY):
         """key: the config key that names the stage's folder."""
         super().__init__(config)
         self.key = key
+        self.source: str = config.pretrained
+        """Hub id or folder of the stage's pipeline, or "random"."""
+        self.register_buffer("nothing", None, persistent=False)
 
     @property
-    @abstractmethod
-    def source(self) -> str:
-        """Hub id or folder of the stage's pipeline, or "random"."""
+    def width(self) -> int:
+        """Of the embeddings of pictures."""
+        return self.config.architecture.width if self.is_random else self.folder.width
 
     @abstractmethod
     def load_part(self) -> nn.Module:

@@ -57,21 +57,6 @@ class DecoderStage(Kandinsky22):
     config: DecoderStageConfig
     part = "unet"
     Folder = DecoderFolder
-    nothing: Tensor
-    """What the U-Net is told of no picture, (1, D); of the prior that draws for it."""
-
-    def __init__(self, config: Any, key: str = KEY):
-        super().__init__(config, key)
-        self.register_buffer("nothing", None, persistent=False)
-
-    @property
-    def source(self) -> str:
-        return self.config.pretrained
-
-    @property
-    def width(self) -> int:
-        """Of the embeddings that it is told."""
-        return self.config.architecture.width if self.is_random else self.folder.width
 
     def build(self) -> None:
         self.check_folder()

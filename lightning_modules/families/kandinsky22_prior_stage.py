@@ -62,20 +62,6 @@ class PriorStage(Kandinsky22):
     prediction = "sample"
     part = "prior"
     Folder = PriorFolder
-    nothing: Tensor
-
-    def __init__(self, config: Any, key: str = KEY):
-        super().__init__(config, key)
-        self.register_buffer("nothing", None, persistent=False)
-
-    @property
-    def source(self) -> str:
-        return self.config.pretrained
-
-    @property
-    def width(self) -> int:
-        """Of the embeddings."""
-        return self.config.architecture.width if self.is_random else self.folder.width
 
     def build(self) -> None:
         self.check_folder()

@@ -18,6 +18,7 @@ from lightning_modules.base import GenerativeModule, count_parameters
 from medsynth.errors import UserError
 from tests.conftest import REPOSITORY
 from tests.kandinsky22_folders import write_decoder, write_prior
+from tests.lightning_modules.moved import move
 
 PROMPTS = ["generate an image with 1 polyp.", "a pelvis, 103"]
 CONDITIONS = Conditions(captions=PROMPTS)
@@ -45,16 +46,6 @@ def built(stage: str, folders, *settings: str) -> GenerativeModule:
     module = build_module(configured(stage, folders, *settings))
     module.configure_model()
     return module.eval()
-
-
-def move(module: GenerativeModule) -> GenerativeModule:
-    """Other weights than the loaded ones, as training would leave them."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    return module
 
 
 def pipelines(prior: Path, decoder: Path) -> tuple[KandinskyV22PriorPipeline, KandinskyV22Pipeline]:

@@ -26,7 +26,8 @@ from lightning_modules.parts.text import TextEncoder, TextEncoderConfig
 from lightning_modules.parts.weights import Weights
 from medsynth.errors import UserError
 from tests.conftest import REPOSITORY
-from tests.lightning_modules.test_stable_diffusion import PROMPTS, batch, drawn, move, reference
+from tests.lightning_modules.moved import move
+from tests.lightning_modules.test_stable_diffusion import PROMPTS, batch, drawn, reference
 from tests.sd_folder import write_pipeline
 
 CLASSES = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}

@@ -21,6 +21,7 @@ from lightning_modules.maths.diffusion import SampleRandom
 from lightning_modules.parts.adapters import AdapterConfig, attach, merged
 from medsynth.errors import UserError
 from tests.conftest import REPOSITORY
+from tests.lightning_modules.moved import move
 from tests.sd_folder import write_pipeline
 
 PROMPTS = ["generate an image with 1 polyp.", "a pelvis, 103"]
@@ -67,16 +68,6 @@ def drawn(pipeline, steps: int = 4, guidance: float = 3.0, seeds=(7, 8), **promp
         output_type="pt", **prompts,
     ).images  # fmt: skip
     return images.float()
-
-
-def move(module: GenerativeModule) -> GenerativeModule:
-    """Other weights than the loaded ones, as training would leave them."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    return module
 
 
 # Against diffusers
