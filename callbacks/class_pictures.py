@@ -14,7 +14,7 @@ from callbacks.samples import as_png
 from datamodules.batches import DRAWN_FILE, Conditions, Drawing, undrawn
 from lightning_modules.base import GenerativeModule
 from medsynth.errors import UserError
-from medsynth.files import put_whole, read_object
+from medsynth.files import naming_unwritten, put_whole, read_object
 from metrics.images import quantise
 
 
@@ -116,8 +116,6 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _write(path: Path, content: bytes) -> None:
-    try:
+    with naming_unwritten(f"data.class_folder: {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         put_whole(path, content)
-    except OSError as error:
-        raise UserError(f"data.class_folder: {path} cannot be written: {error.strerror}") from None

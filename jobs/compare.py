@@ -5,8 +5,7 @@ from pathlib import Path
 import click
 
 from jobs.report import options
-from medsynth.errors import UserError
-from medsynth.files import write_whole
+from medsynth.files import naming_unwritten, write_whole
 
 
 @click.command()
@@ -43,11 +42,9 @@ def main(
         from jobs.report.page import render_page
 
         page = render_page(comparison, found, client, public_uri(uri))
-        try:
+        with naming_unwritten(f"--html {html}", "choose another file"):
             html.parent.mkdir(parents=True, exist_ok=True)
             write_whole(html, page)
-        except OSError as error:
-            raise UserError(f"--html {html} cannot be written: {error.strerror}; choose another file") from None
         click.echo(f"page: {html}")
 
 

@@ -27,7 +27,7 @@ import click
 
 from medsynth.errors import UserError
 from medsynth.exit_codes import NO_PROGRESS, PREEMPTED, USER_ERROR
-from medsynth.files import write_whole
+from medsynth.files import naming_unwritten, write_whole
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -227,11 +227,9 @@ def submit(executor: "Executor", submission: "Submission", watch: bool) -> int:
 
 def _write_submission(submission: "Submission") -> Path:
     path = Path(submission.config.run_dir).absolute() / f"submit/{datetime.now():%Y%m%d-%H%M%S-%f}.yaml"
-    try:
+    with naming_unwritten(path):
         path.parent.mkdir(exist_ok=True)
         write_whole(path, submission.text)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from None
     return path
 
 

@@ -16,6 +16,19 @@ from medsynth.errors import UserError
 _DISK = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)]
 
 
+@contextmanager
+def naming_unwritten(what: object, mend: str = "") -> Iterator[None]:
+    """Inside, what the file system refuses is one line: WHAT cannot be written, why, and the mend.
+
+    Raises:
+        UserError: so it was.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what} cannot be written: {error.strerror}{mend and f'; {mend}'}") from None
+
+
 def disk_fault(error: BaseException) -> str | None:
     """What the disk answered where an error, of whatever library, is that it takes no more; None for any other."""
     seen: set[int] = set()

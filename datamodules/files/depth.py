@@ -14,7 +14,7 @@ from torch import Tensor
 
 from datamodules.files.walk import stem
 from medsynth.errors import UserError
-from medsynth.files import put_whole
+from medsynth.files import naming_unwritten, put_whole
 from medsynth.loading import misfit, one_line, unfit_config
 
 SOURCE_FILE = "depth-model.txt"
@@ -115,9 +115,6 @@ def _save(depth: NDArray[np.uint16], path: Path) -> None:
 
 def _put(path: Path, content: bytes) -> None:
     """A file that is there whole or not at all."""
-    try:
+    with naming_unwritten(f"data.depth: {path}", "mend that and run the same command again"):
         path.parent.mkdir(parents=True, exist_ok=True)
         put_whole(path, content)
-    except OSError as error:
-        mend = "mend that and run the same command again"
-        raise UserError(f"data.depth: {path} cannot be written: {error.strerror}; {mend}") from None

@@ -15,7 +15,7 @@ from datamodules.files.walk import PictureFolder
 from jobs.drawing.listed import COLUMNS, MANIFEST, first_line
 from medsynth import __version__
 from medsynth.errors import UserError
-from medsynth.files import put_whole
+from medsynth.files import naming_unwritten, put_whole
 
 FACTS = (
     *("kind", "method", "weights", "frozen_weights", "model", "checkpoint_step", "precision", "resolution"),
@@ -104,11 +104,9 @@ def write_picture(path: Path, pixels: np.ndarray, texts: Mapping[str, str]) -> N
 
 
 def _put(path: Path, content: bytes) -> None:
-    try:
+    with naming_unwritten(path, "choose another --out, or make room"):
         path.parent.mkdir(parents=True, exist_ok=True)
         put_whole(path, content)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}; choose another --out, or make room") from None
 
 
 def control_path(out: Path, kind: str, picture: Path) -> Path:

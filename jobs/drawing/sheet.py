@@ -14,7 +14,7 @@ from datamodules.batches import CONTROL_CHANNELS
 from jobs.drawing.asked import Asked
 from jobs.drawing.kept import Picture
 from medsynth.errors import UserError
-from medsynth.files import put_whole
+from medsynth.files import naming_unwritten, put_whole
 
 MOST = 64
 """Pictures of a sheet."""
@@ -38,10 +38,8 @@ def write_sheet(path: Path, pictures: Sequence[Picture], asked: Asked) -> int:
     captions = [picture.texts.get("prompt", picture.texts.get("label", picture.path.stem)) for picture in shown]
     content = io.BytesIO()
     draw_grid(torch.cat(sides, dim=3), captions, columns=8).save(content, format="PNG")
-    try:
+    with naming_unwritten(f"--sheet: {path}"):
         put_whole(path, content.getvalue())
-    except OSError as error:
-        raise UserError(f"--sheet: {path} cannot be written: {error.strerror}") from None
     return len(shown)
 
 

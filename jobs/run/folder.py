@@ -31,7 +31,7 @@ from jobs.run.registry import data_class, method_class
 from lightning_modules.base import GenerativeModule
 from lightning_modules.families.latent_diffusion import LatentDiffusion
 from medsynth.errors import UserError
-from medsynth.files import read_object, write_whole
+from medsynth.files import naming_unwritten, read_object, write_whole
 
 CONFIG_FILE = "config.yaml"
 SPLIT_FILE = "split.json"
@@ -98,11 +98,9 @@ def write_split(data: ImageDataModule, run_dir: Path) -> None:
 
 @contextmanager
 def _written(run_dir: Path) -> Iterator[None]:
-    try:
+    with naming_unwritten(f"run_dir={run_dir}"):
         run_dir.mkdir(parents=True, exist_ok=True)
         yield
-    except OSError as error:
-        raise UserError(f"run_dir={run_dir} cannot be written: {error.strerror}") from None
 
 
 def require_same_split(data: ImageDataModule, run_dir: Path) -> None:

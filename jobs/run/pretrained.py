@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning_modules.base import GenerativeModule
 from lightning_modules.parts.weights import Weights, file_digest, file_digests, file_stamp
 from medsynth.errors import UserError
-from medsynth.files import read_object, write_whole
+from medsynth.files import naming_unwritten, read_object, write_whole
 
 FILE = "pretrained.json"
 
@@ -53,10 +53,8 @@ def _record(run_dir: Path, sources: list[Weights]) -> dict[str, str]:
         return {}
     before = _read(run_dir / FILE)
     described = {weights.key: _described(weights.contents(), before.get(weights.key, {})) for weights in sources}
-    try:
+    with naming_unwritten(f"run_dir={run_dir}"):
         write_whole(run_dir / FILE, json.dumps(described, indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"run_dir={run_dir} cannot be written: {error.strerror}") from None
     return {f"weights.{key}": _whole(files) for key, files in described.items()}
 
 
