@@ -5,6 +5,7 @@
 # Who requeues: this script and nobody else, besides Slurm itself.
 #   0       finished                      left
 #   2, 76   a mistake, or no progress     left: another start would end alike
+#   130     interrupted by SIGINT         left: somebody meant it to end
 #   75      preempted and saved           requeued
 #   other   a crash                       requeued, three times in a row at the most
 #
@@ -200,7 +201,7 @@ finish() {
   if [ -n "${watch-}" ]; then kill "$watch" 2>/dev/null; fi
   if [ -n "$ended" ]; then exit "$1"; fi
   case $1 in
-  0 | 2 | 76) exit "$1" ;;
+  0 | 2 | 76 | 130) exit "$1" ;;
   75) rm -f "$failures" ;;
   *) [ -n "$signalled" ] || attempts_left || exit "$1" ;;
   esac

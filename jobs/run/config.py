@@ -5,6 +5,7 @@ refused with the nearest right one. They bring torch, which takes seconds to imp
 refused before.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -125,6 +126,7 @@ def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> D
             raise UserError(_unknown_key(name, error, config)) from None
         except OmegaConfBaseException as error:
             raise UserError(f"{name}: {_wrong_type(error, config)}") from None
+        _check_switches(name, source, config)
     return _checked(config)
 
 
@@ -192,6 +194,15 @@ def _check_sections(source: str, settings: DictConfig) -> None:
             raise UserError(f"{source}: {key} is a section: give its keys, {key}.KEY=VALUE")
         if key not in sections | _SINGLE_KEYS and "did you mean" in close:
             raise UserError(f"{source}: there is no key {key}{close}")
+
+
+def _check_switches(source: str, settings: DictConfig, config: DictConfig) -> None:
+    """Refuse a number other than 0 and 1 where a key is true or false: OmegaConf takes every other one for true."""
+    for place in places(config):
+        if place.field.type in (bool, Optional[bool]):
+            said = OmegaConf.select(settings, place.name, throw_on_resolution_failure=False)
+            if isinstance(said, str) and re.fullmatch(r"[+-]?\d+", said.strip()) and int(said) not in (0, 1):
+                raise UserError(f"{source}: {place.name} takes {type_name(place.field.type)}, true or false")
 
 
 def _names(untyped: DictConfig) -> tuple[str, str]:

@@ -68,7 +68,7 @@ def test_two_nodes_with_a_process_a_gpu(slurm, stand_in):
     assert {"hardware.nodes=2", "hardware.devices=2", "hardware.accelerator=cpu"} <= set(settings)
 
 
-@pytest.mark.parametrize("code", [2, 76])
+@pytest.mark.parametrize("code", [2, 76, 130])
 def test_what_no_start_can_mend_is_not_requeued(slurm, stand_in, code):
     fields = slurm.end(submit(slurm, stand_in, f"exit {code}"))
     assert (fields["JobState"], fields["ExitCode"], fields["Restarts"]) == ("FAILED", f"{code}:0", "0")

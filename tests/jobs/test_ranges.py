@@ -126,6 +126,8 @@ TOGETHER = [
     ("msdm", "run_dir=", "run_dir is empty"),
     ("msdm", "model.optim.betas=0.9", "model.optim.betas takes list[float], 2 numbers in [0, 1)"),
     ("msdm", "data.workers=two", "data.workers takes int, ≥ 0"),
+    ("msdm", "data.flips=2", "data.flips takes bool, true or false"),
+    ("msdm", "hardware.compile=-1", "hardware.compile takes bool, true or false"),
 ]
 
 
