@@ -8,6 +8,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import fcntl
 import shutil
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,6 +22,10 @@ from jobs.tracking import server
 from tests.class_folders import write_classes
 
 REPOSITORY = Path(__file__).parent.parent
+
+# What a shell starts in the background ignores Ctrl-C, and so would all that is started here and asked to leave by it.
+if threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Phantoms(dict):

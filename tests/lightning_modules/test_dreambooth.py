@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -19,7 +17,7 @@ from callbacks.class_pictures import draw_missing
 from datamodules.batches import DRAWN_FILE, Conditions, Drawing, ImageBatch
 from datamodules.stream import derive_seed
 from jobs.encode import encode
-from jobs.run.config import load_config
+from jobs.run.config import load_arguments, load_config
 from jobs.run.folder import build_data, build_module, build_source
 from jobs.train import train
 from lightning_modules.base import GenerativeModule
@@ -27,6 +25,7 @@ from lightning_modules.maths.diffusion import SampleRandom
 from medsynth.errors import UserError
 from tests.class_folders import write_classes
 from tests.conftest import REPOSITORY
+from tests.processes import together
 from tests.sd_folder import write_pipeline
 
 FAST = ["evaluation.images=0", "evaluation.grid=0", "checkpoint.monitor=val/loss"]
@@ -298,15 +297,14 @@ def launch(processes: int, device_batch_size: int, root: Path, folder: Path) -> 
     run = folder / f"run-{processes}"
     arguments = [str(REPOSITORY / "configs/tiny/dreambooth.yaml"), f"data.root={root}", f"run_dir={run}", *SETTINGS]
     arguments += [f"data.class_folder={run}-class", f"train.device_batch_size={device_batch_size}"]
-    program = ["-m", "jobs.train"]
     if processes > 1:
         arguments += [f"hardware.devices={processes}", "hardware.strategy=ddp"]
-        program = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *program]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run(
-        [sys.executable, *program, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+
+    def learn(_: int) -> None:
+        os.chdir(folder)
+        train(load_arguments(arguments))
+
+    together(processes, learn, log=folder / f"log-{processes}")
     return run
 
 
