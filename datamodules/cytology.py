@@ -9,10 +9,10 @@ Folders `train`, `validation` and `test`, each with class folders, are the split
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from itertools import cycle, islice
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Optional
 
 import numpy as np
@@ -29,13 +29,14 @@ from datamodules.captioned import (
     TrainingSet,
     picture_names,
 )
+from datamodules.files.detection import split_of
 from datamodules.files.images import Geometry
 from datamodules.files.layouts import SPLITS, Catalogue, Entry, read_catalogue
 from datamodules.files.pictures import Pictures
 from datamodules.files.tables import Table, drop_bad_rows
-from datamodules.files.walk import stem
+from datamodules.files.walk import is_hidden, stem
 from datamodules.stream import derive_seed
-from medsynth.errors import UserError
+from medsynth.errors import UserError, nearest
 from medsynth.ranges import choice, number
 
 _NAME, _FILEWORDS = "[name]", "[filewords]"
@@ -56,6 +57,8 @@ class CytologyConfig(CaptionedConfig):
     filewords: str = choice("file", ("file", "class"))
     """A picture's caption: `file` takes the .txt beside it, else the words of its file's name without numbers, else its
     class; `class` always takes the class."""
+    only_class: Optional[str] = None
+    """The one class whose pictures train, validate and are references; none: all classes. Its label is then 0."""
     balance: bool = True
     """Show pictures of small classes more than once a pass, so that all classes have as many samples as the largest."""
     affine_probability: float = number(0.5, least=0, most=1)
@@ -87,6 +90,7 @@ class Cytology(CaptionedDataModule[CytologyConfig]):
         catalogue = read_catalogue(self._root, "folders", texts=False, given=False)
         catalogue.use([self.config.template or ""])
         tables, pictures = catalogue.splits, Pictures(self._root, self.config)
+        self._choose_class(catalogue)
         lines = self._template()
         for table in tables.values():
             self._caption(table, catalogue)
@@ -110,10 +114,26 @@ class Cytology(CaptionedDataModule[CytologyConfig]):
             "test pictures": len(test),
             "skipped samples": skipped,
         }
+        if self.config.balance and len(classes) > 1:
+            summary["samples of each class a pass"] = max(Counter(pair.label for pair in train).values())
+        trained = {pair.label for pair in train}
+        untrained = [name for label, name in enumerate(classes) if label not in trained]
         return Contents(
             train, val, pictures, summary, classes=classes, test=picture_names(test), groups=groups,
-            notes=catalogue.notes(),
+            notes=catalogue.notes() + [f"class {name} has no picture that trains" for name in untrained],
         )  # fmt: skip
+
+    def _choose_class(self, catalogue: Catalogue) -> None:
+        """Leave the entries of `only_class` alone, where there is one."""
+        tables, only = catalogue.splits.values(), self.config.only_class
+        classes = {entry.label for table in tables for entry in table.rows.values()}
+        if only is None:
+            _require_pictures(self._root, classes)
+            return
+        if only not in classes:
+            raise UserError(f"data.only_class={only}: {self._root} has no such class{nearest(only, classes)}")
+        for table in tables:
+            table.rows = {place: entry for place, entry in table.rows.items() if entry.label == only}
 
     def _caption(self, table: Table, catalogue: Catalogue) -> None:
         """Make each entry's text its caption; an entry whose .txt cannot be read is rejected."""
@@ -201,16 +221,30 @@ class AffineGeometry(Geometry):
     angle: float = 0.0
     zoom: float = 1.0
 
-    def apply(self, image: Tensor, interpolation: InterpolationMode = InterpolationMode.BICUBIC) -> Tensor:
+    @property
+    def resampled(self) -> int:
         # The square that lies within a square turned by a is smaller by |cos a| + |sin a|.
         radians = math.radians(self.angle)
         scale = self.zoom * (abs(math.cos(radians)) + abs(math.sin(radians)))
-        margin = math.ceil(self.side * (scale - 1) / 2)
-        image = Geometry(self.side + 2 * margin, self.square, self.place, self.flips).apply(image, interpolation)
+        return self.side + 2 * math.ceil(self.side * (scale - 1) / 2)
+
+    def apply(self, image: Tensor, interpolation: InterpolationMode = InterpolationMode.BICUBIC) -> Tensor:
+        image = Geometry(self.resampled, self.square, self.place, self.flips).apply(image, interpolation)
         if self.angle:
             classes = interpolation == InterpolationMode.NEAREST_EXACT
             image = F.rotate(image, self.angle, InterpolationMode.NEAREST if classes else InterpolationMode.BILINEAR)
         return F.center_crop(image, [self.side, self.side])
+
+
+def _require_pictures(root: Path, classes: Collection[str]) -> None:
+    """Raise UserError where a class's folder holds nothing at all: its class would be missing without a word."""
+    for folder in sorted(root.iterdir()):
+        inner = [folder, *(sorted(folder.iterdir()) if folder.is_dir() and split_of(folder.name) else [])]
+        for empty in (one for one in inner if one.is_dir() and one.name not in classes and not is_hidden(one.name)):
+            if not any(empty.iterdir()):
+                raise UserError(
+                    f"data.root: {empty} is the folder of a class and has no picture; add some, or remove it"
+                )
 
 
 def _balanced(pairs: list[Pair]) -> list[Pair]:

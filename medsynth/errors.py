@@ -2,8 +2,9 @@
 
 import multiprocessing
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 
 from medsynth.exit_codes import USER_ERROR
 
@@ -22,6 +23,12 @@ class WorkerLost(UserError):  # noqa: N818
     """A process that reads data was killed; another start may go through."""
 
     exit_code = 1
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`; did you mean …?` for the known word most like `word`, or the list of all where none is."""
+    close = get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(sorted(known))}"
 
 
 @contextmanager

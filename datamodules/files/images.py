@@ -62,6 +62,11 @@ class Geometry:
     place: float = 0.5
     flips: tuple[int, ...] = ()
 
+    @property
+    def resampled(self) -> int:
+        """Side that the picture's square is brought to; more than `side` where some of it is cut away then."""
+        return self.side
+
     def apply(self, image: Tensor, interpolation: InterpolationMode = InterpolationMode.BICUBIC) -> Tensor:
         """(C, H, W) -> (C, side, side), same dtype; masks of classes need NEAREST_EXACT."""
         if self.square == "pad":

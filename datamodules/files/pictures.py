@@ -135,4 +135,4 @@ class Pictures(Generic[ReadingT]):
 
     def squared(self, name: str, geometry: Geometry) -> Tensor:
         """The picture as uint8 (3, R, R)."""
-        return geometry.apply(self.open_picture(name, 2 * geometry.side))
+        return geometry.apply(self.open_picture(name, 2 * geometry.resampled))

@@ -1,11 +1,9 @@
 """Names to classes. A new method or data set is one line here."""
 
 import importlib
-from collections.abc import Iterable
-from difflib import get_close_matches
 from typing import NamedTuple
 
-from medsynth.errors import UserError
+from medsynth.errors import UserError, nearest
 
 
 class Method(NamedTuple):
@@ -48,12 +46,6 @@ DATA = {
     "chest_xray": "datamodules.chest_xray:ChestXRay",
     "dreambooth": "datamodules.dreambooth:DreamBoothData",
 }
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """`; did you mean …?` for the known word most like `word`, or the list of all where none is."""
-    close = get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(sorted(known))}"
 
 
 def known_method(name: str) -> Method:

@@ -10,7 +10,6 @@ Operations in a row are joined by "-". All keep the number of channels, height a
 import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from difflib import get_close_matches
 from typing import Any, TypeVar
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 from lightning_modules.nets.norms import SyncBatchNorm2d
-from medsynth.errors import UserError
+from medsynth.errors import UserError, nearest
 
 CELL_G = ("conv3x3-elu-bn(0)", "skip(1) + conv3x3-conv1x1-elu-bn(1)", "skip(2) + conv3x3(1) + conv3x3(0)")
 """The generator's cell: Table 2."""
@@ -128,9 +127,7 @@ def _read_edge(edge: str, number: int, line: str) -> tuple[list[str], int]:
     names, source = found[1].split("-"), int(found[2])
     for name in names:
         if name not in OPERATIONS:
-            close = get_close_matches(name, OPERATIONS, 1)
-            mend = f"did you mean {close[0]}?" if close else f"there are {', '.join(OPERATIONS)}"
-            raise UserError(f"{where}: there is no operation {name!r}; {mend}")
+            raise UserError(f"{where}: there is no operation {name}{nearest(name, OPERATIONS)}")
     if source >= number:
         raise UserError(f"{where}: node {source} is not before it; use 0, the input, to {number - 1}")
     return names, source

@@ -1,5 +1,6 @@
 """Cytology: class folders, template prompts, the affine augmentation, and what is said about bad files."""
 
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from datamodules.captioned import TrainingSet
 from datamodules.cytology import AffineGeometry, Cytology, CytologyConfig
 from datamodules.files.images import Geometry
+from datamodules.files.pictures import Pictures
 from datamodules.stream import StreamBatchSampler, StreamLoader
 from medsynth.errors import UserError
 
@@ -126,6 +128,36 @@ def test_small_classes_come_again_until_all_are_as_large(root):
     assert not validation & set(repeats)
 
 
+def test_the_summary_tells_how_the_classes_are_balanced(root):
+    data = cytology(root, validation_images=1)
+    largest = max(Counter(pair.label for pair in data.training_set().pairs).values())
+    assert data.check()["samples of each class a pass"] == largest
+    assert "samples of each class a pass" not in cytology(root, balance=False).check()
+
+
+def test_each_class_comes_equally_often_in_each_pass_of_the_stream(root):
+    """Exactly so, wherever a pass begins and however many processes share it."""
+    training = cytology(root, validation_images=1).training_set()
+    for pass_ in range(3):
+        positions = range(pass_ * len(training), (pass_ + 1) * len(training))
+        labels = Counter(int(training[position].conditions.labels) for position in positions)
+        assert set(labels.values()) == {len(training) // 3}
+
+
+def test_one_class_alone(root):
+    (root / "benign" / "000.png").write_bytes(b"no picture of the class that is asked for")
+    data = cytology(root, only_class="malignant")
+    found = data.check()
+    assert (found["pictures"], found["pictures of malignant"], found["prompts"]) == (8, 8, 3)
+    assert data.split_facts()["classes"] == ["malignant"]
+    assert {pair.label for pair in data.training_set().pairs} == {0}
+    everything = [*data.training_set().pairs, *data.validation_set().pairs]
+    assert all(pair.picture.startswith("malignant/") for pair in everything)
+    assert not any("benign" in caption for caption in data.all_captions())
+    assert all(name.startswith("malignant/") for name in data.reference_set("all").names)
+    assert not data.notes()
+
+
 def test_folders_of_splits_are_the_split(root):
     for split in ("train", "validation", "test"):
         for name in COUNTS:
@@ -231,6 +263,46 @@ def test_a_sample_is_a_function_of_pass_and_index(root):
     assert [other._draw(0, i)[1] for i in range(5)] != [training._draw(0, i)[1] for i in range(5)]
 
 
+# Large pictures
+
+
+def microscope_picture(path: Path) -> None:
+    """A smooth picture of 3264×2448 with fine grain, as a JPEG."""
+    rng = np.random.default_rng(0)
+    coarse = rng.uniform(0, 255, (20, 27, 3)).astype(np.uint8)
+    smooth = np.asarray(Image.fromarray(coarse).resize((3264, 2448), Image.Resampling.BICUBIC), dtype=np.float32)
+    noisy = smooth + rng.normal(0, 8, (2448, 3264, 1)).astype(np.float32)
+    Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(path, quality=90)
+
+
+def test_a_large_jpeg_is_decoded_at_a_fraction_and_is_the_same_picture(tmp_path):
+    """At 1/8 of its size: a fraction of the time, and within two levels on average of all of it resized."""
+    microscope_picture(tmp_path / "large.jpg")
+    pictures, geometry, took = Pictures(tmp_path, CytologyConfig(root=str(tmp_path), resolution=64)), Geometry(64), []
+    for least_side in (0, 128):
+        begun = time.process_time()
+        decoded = pictures.open_picture("large.jpg", least_side)
+        took.append((time.process_time() - begun, decoded.shape, geometry.apply(decoded).float()))
+    (whole_s, whole, expected), (part_s, part, found) = took
+    assert (whole, part) == ((3, 2448, 3264), (3, 306, 408))
+    print(f"all of it {1e3 * whole_s:.0f} ms, at 1/8 {1e3 * part_s:.0f} ms: {whole_s / part_s:.1f} times as fast")
+    assert whole_s / part_s > 2
+    difference = (found - expected).abs()
+    print(f"differs by {difference.mean():.2f} levels on average, {difference.max():.0f} at most")
+    assert difference.mean() < 2
+    assert difference.max() <= 12
+    assert torch.equal(pictures.squared("large.jpg", geometry).float(), found)
+
+
+def test_a_zoom_reads_as_many_pixels_as_it_shows(tmp_path):
+    microscope_picture(tmp_path / "large.jpg")
+    pictures = Pictures(tmp_path, CytologyConfig(root=str(tmp_path), resolution=64))
+    for zoom, scale in ((1.0, 8), (2.5, 4), (10.0, 1)):
+        geometry = AffineGeometry(64, zoom=zoom)
+        expected = geometry.apply(pictures.open_picture("large.jpg", 2448 // scale))
+        assert torch.equal(pictures.squared("large.jpg", geometry), expected)
+
+
 # Mistakes
 
 
@@ -264,6 +336,33 @@ def test_bad_pictures_and_texts_are_listed_or_skipped(root):
     assert "stray.png: lies in no class's folder" in message
     found = cytology(root, on_bad="skip").check()
     assert (found["pictures"], found["skipped samples"]) == (10, 3)
+
+
+def test_a_class_that_is_not_there_is_one_line(root):
+    assert said(root, only_class="bening").endswith("has no such class; did you mean benign?")
+    assert said(root, only_class="x").endswith("has no such class; there are benign, malignant, normal")
+    assert "leaves none of the 1 pictures to train on" in said(root, only_class="normal", validation_images=1)
+
+
+def test_a_class_without_pictures_is_one_line(root):
+    (root / "atypical").mkdir()
+    assert said(root).endswith("atypical is the folder of a class and has no picture; add some, or remove it")
+    assert cytology(root, only_class="benign").check()["pictures"] == 3
+    (root / "atypical").rmdir()
+    (root / ".atypical").mkdir()
+    assert cytology(root).check()["pictures"] == 12
+    for name in COUNTS:
+        save(root / "train" / name / "0.png")
+        save(root / "validation" / name / "0.png")
+    (root / "validation" / "atypical").mkdir()
+    assert "validation/atypical is the folder of a class and has no picture" in said(root)
+
+
+def test_a_class_that_only_validates_is_told(root):
+    notes = {images: cytology(root, validation_images=images).notes() for images in (1, 11)}
+    assert notes[1] == []
+    assert len(notes[11]) == 2
+    assert all(note.endswith("has no picture that trains") for note in notes[11])
 
 
 def test_a_folder_without_classes_is_refused(tmp_path):

@@ -257,8 +257,8 @@ def test_another_cell_and_another_size_are_options():
 REFUSED = {
     (): r"cell: it has no nodes; give lines such as",
     ("conv3x3(0)", "elu(2)"): r'cell: node 2, "elu\(2\)": node 2 is not before it; use 0, the input, to 1',
-    ("conv3x4(0)",): r"there is no operation 'conv3x4'; did you mean conv3x3\?",
-    ("softmax(0)",): r"there is no operation 'softmax'; there are conv1x1, ",
+    ("conv3x4(0)",): r"there is no operation conv3x4; did you mean conv3x3\?",
+    ("softmax(0)",): r"there is no operation softmax; there are avg3x3, ",
     ("conv3x3",): r'"conv3x3" is no edge; write operations and the node they are done to: elu\(0\)',
     ("elu(0)", "skip(0)"): r"nothing is done with node 1 of .*; use it or leave it out",
 }
