@@ -66,6 +66,18 @@ def chest(out: Path, images: int, seed: int, size: int, dicom: bool) -> None:
     _draw(out, images, lambda progress: write_chest(out, images, seed, size, progress, dicom))
 
 
+@phantom.command()
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write, one folder a class.")
+@_IMAGES
+@_SEED
+@_SIZE
+def cytology(out: Path, images: int, seed: int, size: int) -> None:
+    """Draw stained cells of four classes, the same number of each, with their nuclei and cytoplasm known."""
+    from datamodules.phantoms.cytology import write_cytology
+
+    _draw(out, images, lambda progress: write_cytology(out, images, seed, size, progress))
+
+
 def _draw(out: Path, images: int, write: Callable[[Callable[[int], None]], bool]) -> None:
     from rich.progress import Progress
 
