@@ -6,19 +6,15 @@
 Folders `train`, `validation` and `test`, each with class folders, are the split.
 """
 
-import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import cycle, islice
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Optional
 
 import numpy as np
-from torch import Tensor
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as F
 
 from datamodules.captioned import (
     CaptionedConfig,
@@ -29,12 +25,12 @@ from datamodules.captioned import (
     TrainingSet,
     picture_names,
 )
-from datamodules.files.detection import split_of
-from datamodules.files.images import Geometry
+from datamodules.files.affine import AffineGeometry, draw_affine
+from datamodules.files.detection import require_class_pictures
 from datamodules.files.layouts import SPLITS, Catalogue, Entry, read_catalogue
 from datamodules.files.pictures import Pictures
 from datamodules.files.tables import Table, drop_bad_rows
-from datamodules.files.walk import is_hidden, stem
+from datamodules.files.walk import stem
 from datamodules.stream import derive_seed
 from medsynth.errors import UserError, nearest
 from medsynth.ranges import choice, number
@@ -128,7 +124,7 @@ class Cytology(CaptionedDataModule[CytologyConfig]):
         tables, only = catalogue.splits.values(), self.config.only_class
         classes = {entry.label for table in tables for entry in table.rows.values()}
         if only is None:
-            _require_pictures(self._root, classes)
+            require_class_pictures(self._root, classes, "data.root")
             return
         if only not in classes:
             raise UserError(f"data.only_class={only}: {self._root} has no such class{nearest(only, classes)}")
@@ -194,17 +190,8 @@ class CytologyTrainingSet(TrainingSet[CytologyConfig]):
         rng, config = np.random.default_rng(derive_seed(self.seed, "augment", pass_, index)), self.config
         caption = self._draw_caption(rng, self.pairs[index])
         place = rng.random()
-        turned, zoomed, flipped = rng.random(3) < config.affine_probability
-        angle = rng.uniform(-config.rotation, config.rotation)
-        zoom, axis = rng.uniform(1, config.zoom), int(rng.choice((-1, -2)))
-        geometry = AffineGeometry(
-            config.resolution,
-            config.square,
-            place,
-            flips=(axis,) if config.flips and flipped else (),
-            angle=angle if turned else 0.0,
-            zoom=zoom if zoomed else 1.0,
-        )
+        affine = draw_affine(rng, config.affine_probability, config.rotation, config.zoom, config.flips)
+        geometry = AffineGeometry(config.resolution, config.square, place, **vars(affine))
         return caption, geometry, rng
 
     def _draw_caption(self, rng: np.random.Generator, pair: Pair) -> str:
@@ -212,39 +199,6 @@ class CytologyTrainingSet(TrainingSet[CytologyConfig]):
             return ""
         prompts = (pair.prompt, *pair.paraphrases)
         return prompts[rng.integers(len(prompts))]
-
-
-@dataclass(frozen=True)
-class AffineGeometry(Geometry):
-    """A `Geometry` turned by `angle` degrees, anticlockwise, and enlarged by `zoom` about its middle."""
-
-    angle: float = 0.0
-    zoom: float = 1.0
-
-    @property
-    def resampled(self) -> int:
-        # The square that lies within a square turned by a is smaller by |cos a| + |sin a|.
-        radians = math.radians(self.angle)
-        scale = self.zoom * (abs(math.cos(radians)) + abs(math.sin(radians)))
-        return self.side + 2 * math.ceil(self.side * (scale - 1) / 2)
-
-    def apply(self, image: Tensor, interpolation: InterpolationMode = InterpolationMode.BICUBIC) -> Tensor:
-        image = Geometry(self.resampled, self.square, self.place, self.flips).apply(image, interpolation)
-        if self.angle:
-            classes = interpolation == InterpolationMode.NEAREST_EXACT
-            image = F.rotate(image, self.angle, InterpolationMode.NEAREST if classes else InterpolationMode.BILINEAR)
-        return F.center_crop(image, [self.side, self.side])
-
-
-def _require_pictures(root: Path, classes: Collection[str]) -> None:
-    """Raise UserError where a class's folder holds nothing at all: its class would be missing without a word."""
-    for folder in sorted(root.iterdir()):
-        inner = [folder, *(sorted(folder.iterdir()) if folder.is_dir() and split_of(folder.name) else [])]
-        for empty in (one for one in inner if one.is_dir() and one.name not in classes and not is_hidden(one.name)):
-            if not any(empty.iterdir()):
-                raise UserError(
-                    f"data.root: {empty} is the folder of a class and has no picture; add some, or remove it"
-                )
 
 
 def _balanced(pairs: list[Pair]) -> list[Pair]:

@@ -121,6 +121,33 @@ def convert(source: Path, layout: str, out: Path, shard_size: int, source_layout
 
 
 @main.command()
+@click.argument("data", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--per-class", type=click.IntRange(1), required=True, help="Pictures of each class, originals included.")
+@click.option("--probability", type=click.FloatRange(0, 1), default=0.5, show_default=True, help="Of each change.")
+@click.option("--rotation", type=click.FloatRange(0, 180), default=10, show_default=True, help="Degrees, at most.")
+@click.option("--zoom", type=click.FloatRange(1, 10), default=1.5, show_default=True, help="Factor, at most.")
+@_SEED
+def augment(
+    data: Path, out: Path, per_class: int, probability: float, rotation: float, zoom: float, seed: int
+) -> None:  # fmt: skip
+    """Write the class folders DATA to OUT with turned, flipped and zoomed copies, so many pictures of each class.
+
+    Originals stay what they are; training varies pictures itself, so this is for tools that do not.
+    """
+    from rich.progress import Progress
+
+    from datamodules.files.augmented import GROUP, Recipe, augment
+
+    recipe = Recipe(per_class, probability, rotation, zoom, seed)
+    with Progress(transient=True) as progress:
+        task = progress.add_task("varying", total=None)
+        copies = augment(data, out, recipe, lambda done, total: progress.update(task, completed=done, total=total))
+    click.echo(f"{copies} copies beside the originals in {out}: {per_class} pictures of each class")
+    click.echo(f"train with data.group='{GROUP}': no picture then validates of which a copy trains")
+
+
+@main.command()
 @click.argument("config", nargs=-1, required=True, metavar="CONFIG... [KEY=VALUE]...")
 def depth(config: tuple[str, ...]) -> None:
     """Estimate the depth of CONFIG's pictures with data.depth_model, for `data.controls: [depth]`."""

@@ -51,6 +51,7 @@ WAYS = {
     "callbacks/sharding.py": "of a checkpoint, likewise",
     "datamodules/files/latents.py": "shards of a cache: written beside, on the disk, then renamed",
     "datamodules/files/layout_writers.py": "within `new_folder`: the folder has its name once it is complete",
+    "datamodules/files/augmented.py": "within `new_folder`, likewise",
     "datamodules/phantoms/": "within `new_folder`, likewise",
     "lightning_modules/": "an export, which is written within `whole_folder`",
     "jobs/tracking/spool.py": "events, each one write to the end of a file; what is cut short is passed over",

@@ -150,3 +150,12 @@ def split_not_read(pictures: Collection[str]) -> list[str]:
 def is_plain_class(name: str) -> bool:
     """Whether a folder of this name is read as the class of that name."""
     return not (is_hidden(name) or split_of(name) or name.lower() in _NO_CLASSES or _REPEATS.fullmatch(name))
+
+
+def require_class_pictures(root: Path, classes: Collection[str], key: str) -> None:
+    """Raise UserError where a class's folder holds nothing at all: its class would be missing without a word."""
+    for folder in sorted(root.iterdir()):
+        inner = [folder, *(sorted(folder.iterdir()) if folder.is_dir() and split_of(folder.name) else [])]
+        for empty in (one for one in inner if one.is_dir() and one.name not in classes and not is_hidden(one.name)):
+            if not any(empty.iterdir()):
+                raise UserError(f"{key}: {empty} is the folder of a class and has no picture; add some, or remove it")
