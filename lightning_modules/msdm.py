@@ -20,13 +20,15 @@ from lightning_modules.families.latent_diffusion import (
     guided,
 )
 from lightning_modules.maths.diffusion import (
+    PREDICTION_TYPES,
     SampleRandom,
     gaussian_kl,
     interpolated_log_variance,
     min_snr_weight,
     posterior_log_variance,
     posterior_mean,
-    predicted_original,
+    to_original,
+    training_target,
 )
 from lightning_modules.msdm_vae import LatentCodec, LatentCodecConfig
 from lightning_modules.nets.msdm_unet import MSDMUNet
@@ -76,7 +78,10 @@ class MSDMConfig(LatentDiffusionConfig):
     optim: OptimConfig = field(default_factory=OptimConfig)
     """AdamW with torch's defaults at 1e-4 (paper, 5.1.1)."""
     loss: str = choice("l1", ("l1", "l2"))
-    """Distance of predicted and true noise: l1 (the authors' code) or l2."""
+    """Distance of what the network predicts from its truth: l1 (the authors' code) or l2."""
+    prediction: str = choice("epsilon", PREDICTION_TYPES)
+    """What the network predicts: epsilon, the noise (paper); v_prediction, sqrt(alpha_bar) noise - sqrt(1 - alpha_bar)
+    z_0, whose error counts as much in the steps of most noise, where a prompt decides; or sample, z_0 itself."""
     min_snr_gamma: Optional[float] = number(None, above=0)
     """Weigh each sample's loss by min(SNR, γ) / SNR (Hang et al. 2023), for l1 by its root; none weighs all alike.
     Below 1 it favours the steps of much noise, in which a prompt decides what there will be."""
@@ -89,8 +94,11 @@ class MSDMConfig(LatentDiffusionConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.noise.zero_terminal_snr:
-            raise UserError("model.noise.zero_terminal_snr: MSDM predicts the noise, which pure noise says nothing of")
+        if self.noise.zero_terminal_snr and self.prediction == "epsilon":
+            raise UserError(
+                "model.noise.zero_terminal_snr: the last step is pure noise, of which epsilon says nothing; "
+                "set model.prediction=v_prediction"
+            )
 
 
 class MSDM(LatentDiffusion):
@@ -101,6 +109,7 @@ class MSDM(LatentDiffusion):
 
     def build(self) -> None:
         config: MSDMConfig = self.config
+        self.prediction = config.prediction
         self.codec = self._codec()
         if self.cached:
             self.codec.drop_encoder()  # sampling decodes, nothing encodes
@@ -162,7 +171,8 @@ class MSDM(LatentDiffusion):
         predicted, variance = self._split(output)
         # Halved at each lower resolution, summing to one.
         weights = torch.tensor([0.5**i for i in range(1 + len(coarse))])
-        targets = [noise, *(F.interpolate(noise, size=c.shape[2:], mode="area") for c in coarse)]
+        target = training_target(self.prediction, z_0, noise, t, self.alpha_bar)
+        targets = [target, *(F.interpolate(target, size=c.shape[2:], mode="area") for c in coarse)]
         terms = [self._distance(p, target, t) for p, target in zip([predicted, *coarse], targets, strict=True)]
         shares = zip((weights / weights.sum()).tolist(), terms, strict=True)
         losses = {"noise": sum((w * term for w, term in shares), start=noise.new_zeros(()))}
@@ -181,13 +191,13 @@ class MSDM(LatentDiffusion):
         output, _ = self.unet(
             torch.cat([z_t] * copies), torch.cat([t] * copies), context.embeddings, context.mask, condition
         )
-        noise, variance = self._split(output)
-        noise = guided(noise, guidance)
-        model_output = noise
+        predicted, variance = self._split(output)
+        predicted = guided(predicted, guidance)
+        model_output = predicted
         if variance is not None and self.config.sampler.name == "ddpm":
             # The conditional rows' own, within what the interpolation means (Nichol & Dhariwal 2021, eq. 15).
-            model_output = torch.cat([noise, variance[-len(z_t) :].clamp(-1, 1)], dim=1)
-        return Denoised(model_output, self._estimate(z_t, noise, t))
+            model_output = torch.cat([predicted, variance[-len(z_t) :].clamp(-1, 1)], dim=1)
+        return Denoised(model_output, self._estimate(z_t, predicted, t))
 
     def scheduler_options(self) -> dict[str, Any]:
         learned = self.config.learned_variance and self.config.sampler.name == "ddpm"
@@ -215,22 +225,22 @@ class MSDM(LatentDiffusion):
             )
         return LatentCodec.load(folder, "model.vae")
 
-    def _distance(self, predicted: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Weighted mean distance of predicted and true noise (n, C, h, w) at the steps t (n,), a scalar."""
+    def _distance(self, predicted: Tensor, target: Tensor, t: Tensor) -> Tensor:
+        """Weighted mean distance of the prediction from its target (n, C, h, w) at the steps t (n,), a scalar."""
         distance = F.l1_loss if self.config.loss == "l1" else F.mse_loss
         gamma = self.config.min_snr_gamma
         if gamma is None:
-            return distance(predicted, noise)
+            return distance(predicted, target)
         weight_B = min_snr_weight(self.prediction, t, self.alpha_bar, gamma)
         if self.config.loss == "l1":
             weight_B = weight_B.sqrt()
-        return (weight_B * distance(predicted, noise, reduction="none").flatten(1).mean(1)).mean()
+        return (weight_B * distance(predicted, target, reduction="none").flatten(1).mean(1)).mean()
 
     def _split(self, output: Tensor) -> tuple[Tensor, Tensor | None]:
         if not self.config.learned_variance:
             return output, None
-        noise, variance = output.chunk(2, dim=1)
-        return noise, variance
+        predicted, variance = output.chunk(2, dim=1)
+        return predicted, variance
 
     def _first_estimate(self, z_t: Tensor, t: Tensor, context: Context, seeds: Tensor) -> Tensor | None:
         """The model's own z_0 for the chosen share of samples, zeros for the others (Chen et al. 2022, 3.2)."""
@@ -245,22 +255,22 @@ class MSDM(LatentDiffusion):
         with torch.no_grad():
             rows = Context(context.embeddings[asked], context.mask[asked])
             output, _ = self.unet(z_t[asked], t[asked], rows.embeddings, rows.mask, estimate[asked])
-            noise, _ = self._split(output)
-            guess = self._estimate(z_t[asked], noise, t[asked]).to(estimate.dtype)
+            predicted, _ = self._split(output)
+            guess = self._estimate(z_t[asked], predicted, t[asked]).to(estimate.dtype)
         estimate[chosen] = guess[: len(chosen)]
         return estimate
 
-    def _estimate(self, z_t: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    def _estimate(self, z_t: Tensor, predicted: Tensor, t: Tensor) -> Tensor:
         """z_0 for self-conditioning, held within 4 standard deviations: at large t any error in the noise explodes."""
-        return predicted_original(z_t, noise, t, self.alpha_bar).clamp(-4, 4)
+        return to_original(self.prediction, predicted, z_t, t, self.alpha_bar).clamp(-4, 4)
 
-    def _variance_loss(self, noise: Tensor, variance: Tensor, z_t: Tensor, z_0: Tensor, t: Tensor) -> Tensor:
+    def _variance_loss(self, predicted: Tensor, variance: Tensor, z_t: Tensor, z_0: Tensor, t: Tensor) -> Tensor:
         """The variational bound's term at t, mean over dimensions, nats; it trains the variance only.
 
         Improved DDPM (Nichol & Dhariwal 2021, 3.1): T · 0.001 · L_t, which is L_t for T = 1000.
         """
         log_variance = interpolated_log_variance(variance, t, self.betas)
-        original = predicted_original(z_t, noise, t, self.alpha_bar)
+        original = to_original(self.prediction, predicted, z_t, t, self.alpha_bar)
         mean = posterior_mean(original, z_t, t, self.betas)
         true_mean = posterior_mean(z_0, z_t, t, self.betas)
         kl = (

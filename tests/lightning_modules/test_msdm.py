@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from safetensors.torch import load_file
 
 from datamodules.batches import Conditions, ImageBatch
-from lightning_modules.families.latent_diffusion import SamplerConfig
+from lightning_modules.families.latent_diffusion import NoiseConfig, SamplerConfig
 from lightning_modules.maths import diffusion
 from lightning_modules.msdm import MSDM, MSDMConfig, UNetConfig
 from lightning_modules.msdm_vae import LatentCodec, LatentCodecConfig, MSDMVAEConfig, MSDMVAEModule
@@ -158,15 +158,19 @@ def test_self_conditioning_feeds_back_the_estimate(monkeypatch):
     assert calls[1][4].abs().max() > 0
 
 
+@pytest.mark.parametrize("prediction", diffusion.PREDICTION_TYPES)
 @pytest.mark.parametrize("name", ["ddpm", "ddim", "dpm++"])
-def test_samplers_recover_a_known_picture(name):
-    """With the exact noise of one z_0 as the network, every sampler ends at that z_0."""
-    module = tiny_msdm(sampler=SamplerConfig(name=name, steps=50, guidance=1.0), self_conditioning=0.0)
+def test_samplers_recover_a_known_picture(name, prediction):
+    """With what is to be predicted of one z_0 as the network, every sampler ends at that z_0."""
+    sampler = SamplerConfig(name=name, steps=50, guidance=1.0)
+    module = tiny_msdm(sampler=sampler, self_conditioning=0.0, prediction=prediction)
     target = torch.randn(1, *module.latent_shape())
 
     def exact(z_t, t, *_):
         a = diffusion.at(module.alpha_bar, t, 4)
-        return (z_t - a.sqrt() * target) / (1 - a).sqrt(), []
+        noise = (z_t - a.sqrt() * target) / (1 - a).sqrt()
+        v = a.sqrt() * noise - (1 - a).sqrt() * target
+        return {"epsilon": noise, "v_prediction": v, "sample": target}[prediction], []
 
     module.unet.forward = exact
     decoded = {}
@@ -200,6 +204,33 @@ def test_deep_supervision_weighs_each_resolution_half():
     out, (coarse,) = captured["out"]
     expected = 2 / 3 * F.l1_loss(out, noise) + 1 / 3 * F.l1_loss(coarse, F.avg_pool2d(noise, 2))
     torch.testing.assert_close(loss, expected)
+
+
+def test_v_is_diffusers_velocity_and_its_estimate_gives_back_the_latents():
+    module = tiny_msdm(prediction="v_prediction", loss="l2")
+    seen = []
+    forward = module.unet.forward
+    module.unet.forward = lambda *a: seen.append((a, forward(*a)[0])) or (seen[-1][1], [])
+    one = batch(["a"], seeds=[1])  # below 2^62: estimated first
+    loss = module.losses(one)["loss"]
+    (first, guess), (second, output) = seen
+    random = diffusion.SampleRandom(one.seeds)
+    z_0 = module.latents(one, random)
+    noise = random.normal(*module.latent_shape())
+    velocity = module.scheduler().get_velocity(z_0, noise, first[1])
+    torch.testing.assert_close(loss, F.mse_loss(output, velocity))
+    scheduler = module.scheduler()
+    scheduler.set_timesteps(1000)
+    step = scheduler.step(guess, int(first[1]), first[0])
+    torch.testing.assert_close(second[4], step.pred_original_sample.clamp(-4, 4), atol=1e-4, rtol=1e-4)
+
+
+def test_a_network_that_predicts_noise_is_refused_where_the_last_step_is_nothing_else():
+    noise = NoiseConfig(zero_terminal_snr=True)
+    with pytest.raises(UserError, match="set model.prediction=v_prediction"):
+        dataclasses.replace(TINY, noise=noise)
+    module = tiny_msdm(noise=noise, prediction="v_prediction", sampler=SamplerConfig("ddim", 4, 2.0))
+    assert module.sample(Conditions(["a"]), [1]).isfinite().all()
 
 
 @pytest.mark.parametrize("loss", ["l1", "l2"])
