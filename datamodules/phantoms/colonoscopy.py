@@ -15,12 +15,15 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from datamodules.phantoms.colonoscopy_scene import (
+    AS_IN_CLINIC,
     BOX,
     COLOURS,
+    EVEN,
     ColonoscopyScene,
     Instrument,
     Polyp,
     draw_scene,
+    even_prompts,
     prompts,
 )
 from datamodules.phantoms.drawing import (
@@ -216,7 +219,12 @@ def _page_opacity(page: Image.Image, image: Array) -> Array:
 
 
 def write_colonoscopy(
-    out: Path, images: int, seed: int, size: int = 256, progress: Callable[[int], None] | None = None
+    out: Path,
+    images: int,
+    seed: int,
+    size: int = 256,
+    progress: Callable[[int], None] | None = None,
+    even: bool = False,
 ) -> bool:
     """Write `images` phantoms of `size` x `size` pixels to the folder `out`, in the layout of MEDVQA-GI 2024.
 
@@ -229,6 +237,8 @@ def write_colonoscopy(
 
     Args:
         progress: called with the number of pictures drawn so far, after each.
+        even: draw scenes in the shares `EVEN`, each with the five prompts of `even_prompts`, from which is learned in
+            minutes; else as often as in the clinic, with seven or more.
 
     Returns:
         True if the set was drawn, False if `out` held this very set already and nothing was done.
@@ -238,6 +248,7 @@ def write_colonoscopy(
     """
     check_numbers(images, size, seed, least_size=16)
     recipe = {"phantoms": "colonoscopy", "drawing": DRAWING, "images": images, "seed": seed, "size": size}
+    recipe |= {"even": True} if even else {}  # a set drawn before there was a choice names none
     tables = ["prompt-gt.csv", "test-prompts.csv", "truth.json"]
     files = [*tables, *(f"images/{phantom_name(index)}.jpg" for index in range(images))]
     return write_once(out, recipe, files, lambda folder: _write_set(folder, recipe, progress))
@@ -246,10 +257,11 @@ def write_colonoscopy(
 def _write_set(folder: Path, recipe: dict[str, Any], progress: Callable[[int], None] | None) -> None:
     (folder / "images").mkdir()
     rows, entries = [], []
+    shares, said = (EVEN, even_prompts) if recipe.get("even") else (AS_IN_CLINIC, prompts)
     for index in range(recipe["images"]):
         rng = np.random.default_rng((recipe["seed"], index))
-        scene, name = draw_scene(rng), phantom_name(index)
-        rows += [(name, prompt) for prompt in prompts(scene, rng)]
+        scene, name = draw_scene(rng, shares), phantom_name(index)
+        rows += [(name, prompt) for prompt in said(scene, rng)]
         entries.append({"name": name, "scene": asdict(scene), "truth": scene.truth()})
         Image.fromarray(render(scene, recipe["size"])).save(folder / "images" / f"{name}.jpg", quality=95)
         if progress:

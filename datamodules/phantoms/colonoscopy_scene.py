@@ -123,6 +123,26 @@ class ColonoscopyScene:
         }
 
 
+@dataclass(frozen=True)
+class Shares:
+    """How often scenes show what prompts speak of; by default about as often as pictures of MEDVQA-GI do.
+
+    polyps: probability of 0, 1, 2 and 3 of them; fewer fit where they are large. sizes: of the sizes of a polyp, in the
+    order of `SIZES`. box, text, instrument: of there being one; an instrument that finds no place is left out.
+    """
+
+    polyps: tuple[float, ...] = (0.15, 0.63, 0.15, 0.07)
+    sizes: tuple[float, ...] = (0.25, 0.35, 0.27, 0.13)
+    box: float = 0.4
+    text: float = 0.25
+    instrument: float = 0.125
+
+
+AS_IN_CLINIC = Shares()
+EVEN = Shares(polyps=(0.4, 0.45, 0.1, 0.05), sizes=(0.1, 0.25, 0.35, 0.3), box=0.5, text=0.5, instrument=0.5)
+"""Each thing about as often there as not, and polyps that a few pixels show: so that little data teaches all of it."""
+
+
 def _gap(position: float, index: int) -> float:
     """Distance along one axis from `position` to the grid's interval `index`, 0 inside."""
     return max(index / 3 - position, position - (index + 1) / 3, 0.0)
@@ -131,14 +151,14 @@ def _gap(position: float, index: int) -> float:
 # Scenes
 
 
-def draw_scene(rng: np.random.Generator) -> ColonoscopyScene:
-    """A scene drawn by chance: about 15 % without polyps, 12 % with an instrument, 25 % with text, 40 % with a box."""
+def draw_scene(rng: np.random.Generator, shares: Shares = AS_IN_CLINIC) -> ColonoscopyScene:
+    """A scene drawn by chance."""
     lumen = (rng.uniform(0.3, 0.7), rng.uniform(0.3, 0.7))
     lumen_radius, corner = rng.uniform(0.08, 0.15), rng.uniform(0.68, 0.82)
-    box = [None, "green", "black"][rng.choice(3, p=[0.6, 0.2, 0.2])]
+    box = [None, "green", "black"][rng.choice(3, p=[1 - shares.box, shares.box / 2, shares.box / 2])]
     polyps: tuple[Polyp, ...] = ()
-    for _ in range(rng.choice(4, p=[0.15, 0.63, 0.15, 0.07])):
-        polyps += _place_polyp(rng, polyps, lumen, lumen_radius, corner, box)
+    for _ in range(rng.choice(4, p=shares.polyps)):
+        polyps += _place_polyp(rng, shares.sizes, polyps, lumen, lumen_radius, corner, box)
     return ColonoscopyScene(
         polyps=polyps,
         lumen=lumen,
@@ -146,8 +166,8 @@ def draw_scene(rng: np.random.Generator) -> ColonoscopyScene:
         hue=rng.uniform(-1, 1),
         brightness=rng.uniform(0.88, 1.1),
         corner=corner,
-        instrument=_place_instrument(rng, polyps, box) if rng.random() < 0.125 else None,
-        text=_text(rng) if rng.random() < 0.25 else (),
+        instrument=_place_instrument(rng, polyps, box) if rng.random() < shares.instrument else None,
+        text=_text(rng) if rng.random() < shares.text else (),
         box=box,
         texture=int(rng.integers(2**31)),
     )
@@ -155,6 +175,7 @@ def draw_scene(rng: np.random.Generator) -> ColonoscopyScene:
 
 def _place_polyp(
     rng: np.random.Generator,
+    sizes: tuple[float, ...],
     others: tuple[Polyp, ...],
     lumen: tuple[float, float],
     lumen_radius: float,
@@ -162,7 +183,7 @@ def _place_polyp(
     box: str | None,
 ) -> tuple[Polyp, ...]:
     """One polyp in full view beside `others`, or none where a hundred tries find no place."""
-    radius = rng.uniform(*list(SIZES.values())[rng.choice(4, p=[0.25, 0.35, 0.27, 0.13])])
+    radius = rng.uniform(*list(SIZES.values())[rng.choice(4, p=sizes)])
     colours = _colours(rng)
     for x, y in rng.uniform(0.1, 0.9, size=(100, 2)).tolist():
         framed = abs(x - 0.5) + abs(y - 0.5) < corner - 1.1 * radius and max(abs(x - 0.5), abs(y - 0.5)) < 0.47 - radius
@@ -221,6 +242,22 @@ def prompts(scene: ColonoscopyScene, rng: np.random.Generator) -> list[str]:
     return [f"Generate an image {true[i]}." for i in rng.permutation(len(true))[:count]]
 
 
+def even_prompts(scene: ColonoscopyScene, rng: np.random.Generator) -> list[str]:
+    """5 different prompts, all true of the scene: of box, text, instrument and the number of polyps one each, and one
+    by chance that says something else of polyps or instrument, but not where they are."""
+    truth = scene.truth()
+    true = [statement for statement in _statements(truth) if "located" not in statement]
+    instrument = "containing an instrument" if truth["instrument_cells"] else "not containing an instrument"
+    own = [*true[:2], instrument, f"with {_polyps(truth['polyps'])}"]
+    others = [statement for statement in true if statement not in own]
+    return [f"Generate an image {statement}." for statement in [*own, others[rng.integers(len(others))]]]
+
+
+def _polyps(count: int) -> str:
+    """Their number, in words."""
+    return f"{count or 'no'} polyp{'' if count == 1 else 's'}"
+
+
 def _statements(truth: dict[str, Any]) -> list[str]:
     """All that the challenge's prompts can say of `truth`. The doubled "an an" is the challenge's own."""
     text, box = ("containing" if truth[key] else "not containing" for key in ("text", "box"))
@@ -234,14 +271,15 @@ def _statements(truth: dict[str, Any]) -> list[str]:
         said += ["not containing an instrument", "with no instruments"]
     count = truth["polyps"]
     if not count:
-        return [*said, "with no polyps", "not containing a polyp", "with no findings", "not containing an abnormality"]
+        none = ["not containing a polyp", "with no findings", "not containing an abnormality"]
+        return [*said, f"with {_polyps(0)}", *none]
     plural = "s" if count > 1 else ""
     polyps = "polyps" if plural else "a polyp"
     return [
         *said,
         "containing a polyp",
         "containing an abnormality",
-        f"with {count} polyp{plural}",
+        f"with {_polyps(count)}",
         f"with {count} finding{plural}",
         f"with {polyps} of size {_enumerate(truth['sizes'])}",
         f"with an abnormality located in the {_places(truth['polyp_cells'])}",

@@ -12,7 +12,15 @@ import pytest
 from PIL import Image
 
 from datamodules.phantoms.colonoscopy import render, write_colonoscopy
-from datamodules.phantoms.colonoscopy_scene import COLOURS, ColonoscopyScene, Instrument, Polyp, draw_scene, prompts
+from datamodules.phantoms.colonoscopy_scene import (
+    COLOURS,
+    EVEN,
+    ColonoscopyScene,
+    Instrument,
+    Polyp,
+    draw_scene,
+    prompts,
+)
 from medsynth.errors import UserError
 
 
@@ -71,6 +79,18 @@ def test_jpeg_holds_the_rendered_scene(written: Path):
 def test_same_seed_gives_the_same_bytes(written: Path, tmp_path: Path):
     write_colonoscopy(tmp_path / "again", images=60, seed=3, size=32)
     assert files(tmp_path / "again") == files(written)
+
+
+def test_an_even_set_is_another_set(written: Path, tmp_path: Path):
+    with pytest.raises(UserError, match="holds something other than these phantoms"):
+        write_colonoscopy(written, images=60, seed=3, size=32, even=True)
+    assert write_colonoscopy(tmp_path / "even", images=9, seed=3, size=32, even=True)
+    assert not write_colonoscopy(tmp_path / "even", images=9, seed=3, size=32, even=True)
+    assert len(read_csv(tmp_path / "even" / "prompt-gt.csv")) == 9 * 5
+    entries = json.loads((tmp_path / "even" / "truth.json").read_text(encoding="utf-8"))
+    assert [entry["truth"] for entry in entries] == [
+        draw_scene(np.random.default_rng((3, index)), EVEN).truth() for index in range(9)
+    ]
 
 
 def test_a_picture_does_not_depend_on_how_many_there_are(written: Path, tmp_path: Path):

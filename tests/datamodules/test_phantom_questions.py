@@ -1,10 +1,12 @@
 """What a colonoscopy phantom can be asked agrees between its truth and its prompts."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 
 from datamodules.phantoms.colonoscopy_questions import QUESTIONS, answers, asked
-from datamodules.phantoms.colonoscopy_scene import draw_scene, prompts
+from datamodules.phantoms.colonoscopy_scene import EVEN, draw_scene, even_prompts, prompts
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +25,19 @@ def test_all_prompts_of_a_scene_say_what_its_truth_answers_and_each_question_is_
             assert said.items() <= true.items(), (prompt, scene.truth())
             met |= said.items()
     assert met == {(question, answer) for question in QUESTIONS for answer in (True, False)}
+
+
+def test_an_even_scene_has_one_prompt_of_each_question_and_each_answer_is_about_as_frequent_as_the_other():
+    scenes = [draw_scene(np.random.default_rng((7, index)), EVEN) for index in range(400)]
+    met: Counter[tuple[str, bool]] = Counter()
+    for index, scene in enumerate(scenes):
+        true, said = answers(scene.truth()), even_prompts(scene, np.random.default_rng(index))
+        assert len(set(said)) == 5
+        assert all(asked(prompt).items() <= true.items() for prompt in said), (said, true)
+        assert {question for prompt in said[:4] for question in asked(prompt)} == set(QUESTIONS)
+        met.update(true.items())
+    for question in set(QUESTIONS) - {"several polyps"}:
+        assert 0.4 <= met[question, True] / 400 <= 0.66, question
 
 
 @pytest.mark.parametrize(
