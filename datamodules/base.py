@@ -172,6 +172,14 @@ class ImageDataModule(L.LightningDataModule, ABC, Generic[ConfigT]):
         `split`: "train", "val" or "all".
         """
 
+    def reading(self) -> dict[str, Any]:
+        """How files become the pictures of `reference_set`, as facts of a score: resolution, square, sixteen_bit,
+        window, reading."""
+        return {
+            "resolution": self.config.resolution, "square": "crop", "sixteen_bit": "full", "window": None,
+            "reading": REFERENCE_READING,
+        }  # fmt: skip
+
     @abstractmethod
     def evaluation_conditions(self, rows: int | Sequence[int]) -> Conditions:
         """What evaluation asks for: rows of one endless order, fixed by seed; a number n means the first n of it.

@@ -79,6 +79,9 @@ class CachedLatents(ImageDataModule):
     def reference_set(self, split: str) -> SizedDataset:
         return self.source.reference_set(split)
 
+    def reading(self) -> dict[str, Any]:
+        return self.source.reading()
+
     def evaluation_conditions(self, rows: int | Sequence[int]) -> Conditions:
         return self.source.evaluation_conditions(rows)
 

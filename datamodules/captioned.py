@@ -167,6 +167,11 @@ class CaptionedDataModule(ImageDataModule[CaptionedT]):
         names = picture_names(pair for pair in pairs[split] if not pair.is_prior)
         return ReferenceSet(names, self._contents.pictures, self.config)
 
+    def reading(self) -> dict[str, Any]:
+        window = None if self.config.window is None else tuple(self.config.window)
+        own = {"square": self.config.square, "sixteen_bit": self.config.sixteen_bit, "window": window}
+        return super().reading() | own
+
     def evaluation_conditions(self, rows: int | Sequence[int]) -> Conditions:
         """Rows of one endless order, in which every prompt comes once before any comes again.
 

@@ -1,39 +1,26 @@
-"""`medsynth evaluate`: score a folder of pictures against a folder of real ones."""
+"""`medsynth evaluate`: score a run, or a folder of pictures against a folder of real ones."""
 
-import json
-from collections import Counter
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from medsynth.errors import UserError
-from medsynth.files import write_whole
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from jobs.scoring.folders import Reading
+    from metrics.protocol import Protocol
 
-_WHAT = {
-    "fid": "Fréchet distance, Inception of 2015-12-05; lower is better",
-    "fd": "Fréchet distance of these features; lower is better",
-    "kid": "kernel distance; lower is better",
-    "kd": "kernel distance of these features; lower is better",
-    "isc": "Inception Score; higher is better",
-    "precision": "share of generated pictures that look real",
-    "recall": "share of real pictures that are covered",
-    "f1": "harmonic mean of precision and recall",
-}
+_READING = ("resolution", "square", "sixteen_bit", "window", "extractor", "weights")
+"""Options that a run decides where one is named."""
 
 
 @click.command()
-@click.option(
-    "--real", type=click.Path(path_type=Path), required=True, help="Folder of real pictures, searched in depth."
-)
-@click.option("--fake", type=click.Path(path_type=Path), required=True, help="Folder of generated pictures, likewise.")
-@click.option("--extractor", default="inception", show_default=True, help="inception or random (needs no weights).")
+@click.argument("run_dir", metavar="[RUN]", required=False, type=click.Path(path_type=Path))
+@click.option("--like", metavar="RUN", type=click.Path(path_type=Path), help="Score by the protocol of this run.")
+@click.option("--real", type=click.Path(path_type=Path), help="Folder of real pictures, searched in depth.")
+@click.option("--fake", type=click.Path(path_type=Path), help="Folder of generated pictures, likewise.")
+@click.option("--extractor", help="inception or random (needs no weights). [default: inception]")
 @click.option("--weights", type=str, help="Inception weights file. [default: torch-fidelity's download]")
 @click.option(
     "--resolution", type=click.IntRange(1),
@@ -41,185 +28,110 @@ _WHAT = {
     "pictures' size, where they are squares of one size]",
 )  # fmt: skip
 @click.option(
-    "--square", type=click.Choice(["crop", "pad"]), default="crop", show_default=True,
-    help="How they become squares: data.square of the data set; canine_hip's is pad.",
+    "--square", type=click.Choice(["crop", "pad"]),
+    help="How they become squares: data.square of the data set; canine_hip's is pad. [default: crop]",
 )  # fmt: skip
 @click.option(
-    "--sixteen-bit", type=click.Choice(["full", "range", "window"]), default="full", show_default=True,
-    help="How pictures of more than 8 bits are shown: data.sixteen_bit of the data set; chest_xray's is window.",
+    "--sixteen-bit", type=click.Choice(["full", "range", "window"]),
+    help="How pictures of more than 8 bits are shown: data.sixteen_bit of the data set; chest_xray's is window. "
+    "[default: full]",
 )  # fmt: skip
 @click.option("--window", type=(float, float), metavar="CENTRE WIDTH", help="As data.window. [default: none]")
 @click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Pictures at once.")
 @click.option("--workers", type=click.IntRange(0), default=2, show_default=True, help="Processes that read pictures.")
-@click.option("--out", type=click.Path(path_type=Path), help="JSON file for the scores. [default: only the table]")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="File for the scores and by what they are scores, .json or .csv."
+)
+@click.option(
+    "--checkpoint", type=click.Choice(["best", "last"]), default="best", show_default=True, help="RUN's weights."
+)
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1 …")
 def main(
-    real: Path, fake: Path, extractor: str, weights: str | None, resolution: int | None, square: str, sixteen_bit: str,
-    window: tuple[float, float] | None, batch_size: int, workers: int, out: Path | None, device: str,
+    run_dir: Path | None, like: Path | None, real: Path | None, fake: Path | None, batch_size: int, workers: int,
+    out: Path | None, checkpoint: str, device: str, **given: Any,
 ) -> None:  # fmt: skip
     """Score generated pictures against real ones: FID, KID, Inception Score, precision, recall, F1.
 
-    Folders of any size: pictures stream through, of any mode and size, DICOM files too. Both sides are brought to the
-    size of the generated pictures, as training does it; a line says so.
+    RUN is the directory of a training run: the pictures that its training scored are drawn again and scored by the same
+    protocol, which gives the number that training logged at that step. --like RUN scores the pictures of --fake by that
+    protocol, against the run's real pictures or those of --real. With neither, --real and --fake are folders of any
+    size: pictures stream through, of any mode and size, DICOM files too; both sides are brought to the size of the
+    generated pictures, as training does it; a line says so.
     """
-    from rich.console import Console
-    from rich.table import Table
+    _check_request(run_dir, like, real, fake, given)
+    from jobs.scoring.report import check_out, print_scores, write_report
 
-    from datamodules.files.pictures import check_window
+    check_out(out)
+    if run_dir is not None:
+        scores, protocol, facts = _of_run(run_dir, checkpoint, device)
+    else:
+        assert fake is not None
+        scores, protocol, facts = _of_folders(like, real, fake, given, (batch_size, workers, device))
+    print_scores(scores, protocol)
+    write_report({"scores": scores, "protocol": protocol.as_dict()} | _in_short(protocol) | facts, out)
+
+
+def _check_request(
+    run_dir: Path | None, like: Path | None, real: Path | None, fake: Path | None, given: dict[str, Any]
+) -> None:
+    """Refuse options that contradict each other."""
+    if run_dir is not None and (like or real or fake):
+        raise UserError(
+            "RUN draws and scores its own pictures; for pictures that are there give --like RUN --fake FOLDER"
+        )
+    if run_dir is None and (fake is None or (real is None and like is None)):
+        raise UserError("give RUN, or --real FOLDER --fake FOLDER, or --like RUN --fake FOLDER")
+    decided = [f"--{name.replace('_', '-')}" for name in _READING if given[name] is not None]
+    if decided and (run_dir or like):
+        raise UserError(f"{', '.join(decided)}: the protocol is the run's; leave it out")
+
+
+def _in_short(protocol: "Protocol") -> dict[str, Any]:
+    """What reports had before they had the whole protocol, by the names of then."""
+    said = {name: getattr(protocol, name) for name in ("resolution", "square", "sixteen_bit", "window")}
+    counts = {"real_pictures": protocol.real, "fake_pictures": protocol.fake}
+    return {**counts, "extractor": protocol.weights, **said}
+
+
+def _of_run(run_dir: Path, checkpoint: str, device: str) -> "tuple[dict[str, float], Protocol, dict[str, Any]]":
+    """Scores of a run's own pictures, their protocol, and what else the report has."""
+    from callbacks.durable import read_manifest
+    from jobs.run.folder import find_checkpoint, pick_device
+    from jobs.scoring.run import open_run, score_run
+
+    place = pick_device(device)
+    run = open_run(run_dir)
+    step = read_manifest(find_checkpoint(run_dir, checkpoint))["global_step"]
+    click.echo(f"{run_dir}: weights of step {step}")
+    return score_run(run, checkpoint, place), run.protocol, {"run": str(run_dir), "step": step}
+
+
+def _of_folders(
+    like: Path | None, real: Path | None, fake: Path, given: dict[str, Any], how: tuple[int, int, str]
+) -> "tuple[dict[str, float], Protocol, dict[str, Any]]":
+    """Scores of pictures that are there, likewise."""
     from jobs.run.folder import pick_device
-    from metrics.extractors import build_extractor
+    from jobs.scoring.folders import described, stream
+    from jobs.scoring.sides import open_sides
     from metrics.suite import GenerationMetrics
 
-    check_window(window, used=True)
-    _check_out(out)
-    reals, fakes = (_Folder(folder, resolution, square, sixteen_bit, window) for folder in (real, fake))
-    network = build_extractor(extractor, weights, "give --weights PATH or --extractor random")
-    metrics = GenerationMetrics(network, len(reals), len(fakes)).to(pick_device(device))
-    real_sizes, fake_sizes = _sizes(reals), _sizes(fakes)
-    reals.resolution = fakes.resolution = resolution or _side_of(fake_sizes)
-    for line in [*reals.notes, *fakes.notes, *_said_of_sizes(real_sizes, fake_sizes, reals.resolution, square)]:
+    batch_size, workers, device = how
+    sides = open_sides(like, real, fake, _reading(given), given["extractor"] or "inception", given["weights"])
+    metrics = GenerationMetrics(sides.extractor, len(sides.real), len(sides.fake)).to(pick_device(device))
+    for line in sides.notes:
         click.echo(line)
-    _stream(reals, metrics.update_real, "real", batch_size, workers)
-    _stream(fakes, metrics.update_fake, "generated", batch_size, workers)
-    scores = metrics.compute()
-
-    table = Table("metric", "value", "", box=None)
-    for name, value in scores.items():
-        table.add_row(name, f"{value:.6g}", _WHAT.get(name.split("_")[0], "") if not name.endswith("_std") else "")
-    Console().print(table)
-    report = {"scores": scores, "real_pictures": len(reals), "fake_pictures": len(fakes)}
-    report |= {"extractor": network.identity, "resolution": reals.resolution, "square": square}
-    report |= {"real_sizes": _described(real_sizes), "fake_sizes": _described(fake_sizes)}
-    report |= {"sixteen_bit": sixteen_bit, "window": window}
-    _write(report, out)
+    stream(sides.real, metrics.update_real, "real", batch_size, workers)
+    stream(sides.fake, metrics.update_fake, "generated", batch_size, workers)
+    facts = {name: described(sizes) for name, sizes in sides.sizes.items()}
+    return metrics.compute(), sides.protocol, facts
 
 
-def _check_out(out: Path | None) -> None:
-    """Before the work: what would fail after it."""
-    if out is None:
-        return
-    if out.is_dir():
-        raise UserError(f"--out {out} is a folder: name a file in it, {out / 'scores.json'}")
-    if not out.parent.is_dir():
-        raise UserError(f"--out {out}: there is no folder {out.parent}; make it, or choose another file")
-    try:
-        with TemporaryFile(dir=out.parent):
-            pass
-    except OSError as error:
-        raise UserError(f"--out {out}: nothing can be written there ({error.strerror}); choose another file") from None
+def _reading(given: dict[str, Any]) -> "Reading":
+    from datamodules.files.pictures import check_window
+    from jobs.scoring.folders import Reading
 
-
-def _write(report: dict[str, Any], out: Path | None) -> None:
-    if out is None:
-        return
-    try:
-        write_whole(out, json.dumps(report, indent=2, allow_nan=False) + "\n")
-    except OSError as error:
-        raise UserError(
-            f"--out {out} cannot be written ({error.strerror}); the scores are in the table above"
-        ) from None
-    click.echo(f"scores in {out}")
-
-
-_Sizes = Counter[tuple[int, int]]
-"""How many pictures are of each width and height."""
-
-
-def _sizes(folder: "_Folder") -> _Sizes:
-    """By the headers, which also show before the work what cannot be read."""
-    from datamodules.files.pictures import picture_size
-    from datamodules.files.raster import MOST_PIXELS
-
-    with ThreadPoolExecutor() as pool:
-        return Counter(pool.map(lambda path: picture_size(path, MOST_PIXELS), folder.paths))
-
-
-def _side_of(sizes: _Sizes) -> int | None:
-    """The side, where all are squares of one."""
-    sides = {side for size in sizes for side in size}
-    return sides.pop() if len(sides) == 1 else None
-
-
-def _described(sizes: _Sizes) -> str:
-    least, most = (f"{width}×{height}" for width, height in (min(sizes), max(sizes)))
-    return least if len(sizes) == 1 else f"{len(sizes)} sizes from {least} to {most}"
-
-
-def _said_of_sizes(real: _Sizes, fake: _Sizes, resolution: int | None, square: str) -> list[str]:
-    """What the scores depend on and a reader would not guess."""
-    sizes = f"real pictures {_described(real)}, generated {_described(fake)}"
-    if resolution is None:
-        advice = "--resolution R makes all R×R, and so comparable with training's evaluation"
-        return [f"{sizes}: scored as they are; {advice}"] if len(real | fake) > 1 else []
-    if set(real | fake) == {(resolution, resolution)}:
-        return []
-    moved = f"{sizes}: all scored at {resolution}×{resolution} (--square {square})"
-    also = "" if _side_of(fake) == resolution else "; training's evaluation scores generated pictures as they are drawn"
-    return [moved + also]
-
-
-class _Folder:
-    """Index -> uint8 (3, H, W) of a folder's pictures, in the order of their names."""
-
-    def __init__(
-        self, folder: Path, resolution: int | None, square: str = "crop", sixteen_bit: str = "full",
-        window: tuple[float, float] | None = None,
-    ):  # fmt: skip
-        from datamodules.files.images import SUFFIXES
-        from datamodules.files.walk import PictureFolder, not_read, walk
-        from jobs.drawing.listed import control_folders
-
-        if not folder.is_dir():
-            raise UserError(f"there is no folder {folder}")
-        names = walk(folder)
-        found = PictureFolder(folder, dicom=True, files=names)
-        steered = control_folders(folder, names)
-        paths = (folder / name for name in found.names())
-        self.paths = sorted(path for path in paths if steered.isdisjoint(path.parents))
-        self.notes = [f"{folder}: {note}" for note in not_read(found.others)]
-        self.resolution, self.square, self.sixteen_bit, self.window = resolution, square, sixteen_bit, window
-        if not self.paths:
-            raise UserError(f"{folder} holds no pictures ({', '.join(sorted(SUFFIXES))})")
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> "Tensor":
-        from datamodules.files.images import Geometry
-        from datamodules.files.pictures import read_picture
-        from datamodules.files.raster import MOST_PIXELS
-
-        picture = read_picture(self.paths[index], MOST_PIXELS, 0, self.sixteen_bit, self.window)
-        return Geometry(self.resolution, self.square).apply(picture) if self.resolution else picture
-
-
-def _stream(
-    folder: _Folder, update: Callable[["Tensor", "Tensor"], None], title: str, batch_size: int, workers: int
-) -> None:
-    import torch
-    from rich.progress import Progress
-
-    from datamodules.stream import PlainLoader
-
-    loader = PlainLoader(folder, batch_size=batch_size, num_workers=workers, collate_fn=list)
-    first = 0
-    with torch.no_grad(), Progress(transient=True) as progress:
-        task = progress.add_task(title, total=len(folder))
-        for pictures in loader:
-            _update_by_size(pictures, first, update)
-            first += len(pictures)
-            progress.update(task, completed=first)
-
-
-def _update_by_size(pictures: "list[Tensor]", first: int, update: Callable[["Tensor", "Tensor"], None]) -> None:
-    """Pictures of one size go through the extractor together."""
-    import torch
-
-    by_size: dict[tuple[int, ...], list[int]] = {}
-    for i, picture in enumerate(pictures):
-        by_size.setdefault(tuple(picture.shape), []).append(i)
-    for rows in by_size.values():
-        update(torch.stack([pictures[i] for i in rows]), torch.tensor([first + i for i in rows]))
+    check_window(given["window"], used=True)
+    return Reading(given["resolution"], given["square"] or "crop", given["sixteen_bit"] or "full", given["window"])
 
 
 if __name__ == "__main__":

@@ -190,9 +190,11 @@ class GenerativeModule(L.LightningModule, ABC):
             self._cut = True
 
     def setup(self, stage: str) -> None:
-        """Hold frozen weights in the type that mixed precision computes in: half the memory, no cast at each step."""
         self.configure_model()
-        dtype = frozen_dtype(str(self.trainer.precision))
+        self.hold_frozen(frozen_dtype(str(self.trainer.precision)))
+
+    def hold_frozen(self, dtype: torch.dtype) -> None:
+        """Hold frozen weights in the type that mixed precision computes in: half the memory, no cast at each step."""
         if dtype == torch.float32:
             return
         averaged = {id(p) for module in self.averaged_modules().values() for p in module.parameters()}

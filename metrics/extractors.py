@@ -33,12 +33,16 @@ class FeatureExtractor(nn.Module, ABC):
     name: what its scores are named by.
     identity: kind and checksum of the weights, for the keys of stored statistics.
     dim, classes: sizes of a picture's features and logits; 0 classes where there are no logits.
+    resize, antialias, input_range: how a picture becomes the network's input, in the words of a protocol.
     """
 
     name: str
     identity: str
     dim: int
     classes: int = 0
+    resize: str
+    antialias: bool
+    input_range: str
 
     @property
     def has_logits(self) -> bool:
@@ -91,6 +95,9 @@ class InceptionExtractor(FeatureExtractor):
 
     dim = 2048
     classes = 1008
+    resize = "bilinear of TensorFlow 1 to 299×299"
+    antialias = False
+    input_range = "(x - 128) / 128"
 
     def __init__(self, weights: str | None = None, setting: str = "set evaluation.weights=PATH"):
         """`weights`: the file of weights; None for `inception_path()`. Nothing is downloaded.
@@ -179,6 +186,9 @@ class RandomConvExtractor(FeatureExtractor):
     """
 
     name = "random"
+    resize = "bilinear to 64×64"
+    antialias = True
+    input_range = "x / 127.5 - 1"
     widths = (16, 32, 64, 64)
     dim = 2 * sum(widths) + 4 * widths[-1]
 

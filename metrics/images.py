@@ -5,6 +5,9 @@ from torch import Tensor
 
 from medsynth.errors import UserError
 
+QUANTISATION = "uint8 by round(255 x)"
+"""What `quantise` does, in the words of a protocol."""
+
 
 def are_finite(images: Tensor) -> bool:
     """Whether no value is NaN or infinite."""

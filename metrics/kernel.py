@@ -7,10 +7,13 @@ from torch import Tensor
 from medsynth.errors import UserError
 
 _BLOCK = 1024  # rows of the kernel matrix in memory at once
+_SUBSETS, _SUBSET_SIZE, _SEED = 100, 1000, 2020
+SUBSETS = f"{_SUBSETS} subsets of {_SUBSET_SIZE}, seed {_SEED}"
+"""The subsets that are drawn, in the words of a protocol."""
 
 
 def kernel_distance(
-    real: Tensor, fake: Tensor, subsets: int = 100, subset_size: int = 1000, seed: int = 2020
+    real: Tensor, fake: Tensor, subsets: int = _SUBSETS, subset_size: int = _SUBSET_SIZE, seed: int = _SEED
 ) -> tuple[float, float | None]:
     """Mean and standard deviation, over random subsets, of the squared MMD of `real` (n, d) and `fake` (m, d).
 

@@ -1,7 +1,9 @@
 """All scores of a set of generated pictures against a set of real ones."""
 
 import math
+from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from medsynth.errors import UserError
@@ -14,6 +16,8 @@ from metrics.manifold import precision_recall
 
 LEAST = 4
 """Pictures of a set that can be scored: precision and recall look at the third nearest other."""
+MAX_BANK = 10_000
+"""Pictures of a set whose features are kept."""
 
 
 def score_names(extractor: str, has_logits: bool) -> list[str]:
@@ -38,7 +42,7 @@ class GenerationMetrics(nn.Module):
     distance's deviation is over subsets, and left out where every subset would be the whole of both sets.
     """
 
-    def __init__(self, extractor: FeatureExtractor, total_real: int, total_fake: int, max_bank: int = 10_000):
+    def __init__(self, extractor: FeatureExtractor, total_real: int, total_fake: int, max_bank: int = MAX_BANK):
         """`total_real` and `total_fake` pictures over all processes.
 
         Raises:
@@ -54,8 +58,8 @@ class GenerationMetrics(nn.Module):
         self.inception_score = InceptionScore(total_fake, extractor.classes) if extractor.has_logits else None
         self._real_state: dict[str, Tensor] | None = None
 
-    def update_real(self, images: Tensor, indices: Tensor) -> None:
-        """Add real pictures, uint8 (n, 3, H, W).
+    def update_real(self, images: Tensor | Sequence[Tensor], indices: Tensor) -> None:
+        """Add real pictures, uint8 (n, 3, H, W), or n of (3, H, W) where their sizes differ.
 
         `indices`, int64 (n,), are the pictures' places in the whole set, 0 … total_real-1, each seen once over all
         processes; -1 marks padding, which is not scored.
@@ -67,13 +71,21 @@ class GenerationMetrics(nn.Module):
             raise RuntimeError("the real pictures are complete: build new metrics to score against others")
         self._update(self.real, None, images, indices)
 
-    def update_fake(self, images: Tensor, indices: Tensor) -> None:
-        """Add generated pictures, uint8 (n, 3, H, W), with `indices` as in `update_real`, 0 … total_fake-1."""
+    def update_fake(self, images: Tensor | Sequence[Tensor], indices: Tensor) -> None:
+        """Add generated pictures, likewise, with `indices` as in `update_real`, 0 … total_fake-1."""
         self._update(self.fake, self.inception_score, images, indices)
 
     def _update(
-        self, statistics: FeatureStatistics, score: InceptionScore | None, images: Tensor, indices: Tensor
+        self,
+        statistics: FeatureStatistics,
+        score: InceptionScore | None,
+        images: Tensor | Sequence[Tensor],
+        indices: Tensor,
     ) -> None:
+        if not isinstance(images, Tensor):
+            for rows in by_size(images):
+                self._update(statistics, score, torch.stack([images[i] for i in rows]), indices[rows])
+            return
         indices = indices.to(statistics.device)
         scored = indices >= 0
         if not scored.any():
@@ -142,3 +154,11 @@ class GenerationMetrics(nn.Module):
                 "that they are computed anew"
             )
         self._real_state = {name: value.to(self.real.device) for name, value in state.items()}
+
+
+def by_size(images: Sequence[Tensor]) -> list[list[int]]:
+    """The places of pictures that can be stacked, size by size."""
+    rows: dict[tuple[int, ...], list[int]] = {}
+    for i, image in enumerate(images):
+        rows.setdefault(tuple(image.shape), []).append(i)
+    return list(rows.values())

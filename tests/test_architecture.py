@@ -40,8 +40,9 @@ ARROWS = {
     "jobs/run": ("lightning_modules", "datamodules", "callbacks", "metrics", "jobs.tracking"),
     "jobs/tracking": (),
     "jobs/cluster": ("jobs.run",),
-    "jobs/report": ("jobs.run", "jobs.tracking"),
+    "jobs/report": ("jobs.run", "jobs.tracking", "callbacks.protocols", "metrics.protocol"),
     "jobs/study": ("jobs.run", "jobs.report", "jobs.tracking", "jobs.cluster", "callbacks"),
+    "jobs/scoring": ("jobs.run", "jobs.drawing", "lightning_modules", "datamodules", "callbacks", "metrics"),
     "jobs/drawing": ("jobs.run", "lightning_modules", "datamodules", "callbacks", "metrics"),
     "jobs": ("lightning_modules", "datamodules", "callbacks", "metrics", "jobs"),
 }  # fmt: skip

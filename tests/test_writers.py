@@ -23,10 +23,11 @@ from datamodules.files import depth
 from datamodules.files.latents import CacheWriter, cut
 from datamodules.files.layout_writers import convert
 from datamodules.phantoms.colonoscopy import write_colonoscopy
-from jobs import evaluate, submit
+from jobs import submit
 from jobs.drawing.kept import write_picture
 from jobs.run.config import load_config, to_yaml
 from jobs.run.folder import build_source, write_config, write_split
+from jobs.scoring.report import write_report
 from jobs.study.submission import Submission
 from jobs.tracking.logger import RunTracker, TrackingConfig
 from jobs.train import train
@@ -174,7 +175,7 @@ WRITERS: dict[str, Callable[[Path, Path], Any]] = {
     "the config": lambda folder, phantom: write_config(long_config(phantom, folder)),
     "the split": lambda folder, phantom: full_disk(256) or write_split(build_source(tiny(phantom, folder))[0], folder),
     "a sample": lambda folder, phantom: write_picture(folder / "a.png", NOISE, {"prompt": "x"}),
-    "scores": lambda folder, phantom: evaluate._write({"scores": ["x" * 10_000]}, folder / "a"),
+    "scores": lambda folder, phantom: write_report({"scores": ["x" * 10_000]}, folder / "a"),
     "a submission": lambda folder, phantom: submit._write_submission(submission(long_config(phantom, folder))),
 }
 

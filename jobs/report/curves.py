@@ -2,20 +2,18 @@
 
 import io
 import math
-from collections.abc import Iterable
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from jobs.report.runs import Run
-from jobs.report.table import PaperFigure
 
 _CURVE_POINTS = 400  # of a curve, at most
 
 
-def draw_curves(key: str, runs: list[Run], figures: Iterable[PaperFigure] = ()) -> str:
-    """An SVG element: `key` over steps, a line a run, and a dashed line for each of the papers' values."""
+def draw_curves(key: str, runs: list[Run]) -> str:
+    """An SVG element: `key` over steps, a line a run."""
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": key, "font.size": 9}):
         figure = Figure(figsize=(4.6, 2.6), layout="constrained")
         axes = figure.subplots()
@@ -24,9 +22,6 @@ def draw_curves(key: str, runs: list[Run], figures: Iterable[PaperFigure] = ()) 
             points = points[:: -(-len(points) // _CURVE_POINTS) or 1]
             marker = "." if len(points) < 50 else None
             axes.plot([s for s, _ in points], [v for _, v in points], color=run.colour, marker=marker, linewidth=1.3)
-        for value in {figure.metrics.get(key.removeprefix("eval/")) for figure in figures} - {None}:
-            if isinstance(value, int | float):
-                axes.axhline(value, color="#888888", linestyle="--", linewidth=1)
         _style(axes)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})

@@ -1,6 +1,7 @@
 """The comparison as one HTML page that needs no other file."""
 
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,14 +22,13 @@ def render_page(comparison: Comparison, runs: list[Run], client: "MlflowClient",
     environment = Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     keys = sorted_keys(key for run in runs for key in run.history)
     keys += sorted({key for run in runs for key in run.history} - set(keys))
-    figures = [figure for group in comparison.groups for figure in group.figures]
     return environment.get_template("compare.html").render(
         comparison=comparison,
-        curves={heading(key): draw_curves(key, runs, figures) for key in keys},
+        curves={heading(key, comparison.letters): draw_curves(key, runs) for key in keys},
         grids=[grid for run in runs if (grid := newest_grid(client, run))],
         legend=LEGEND,
         runs=runs,
-        column_heading=column_heading,
+        column_heading=partial(column_heading, letters=comparison.letters),
         uri=uri,
         time=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
     )

@@ -1,15 +1,18 @@
 """The runs of an MLflow experiment, as they are compared, and which way a metric is better."""
 
 import colorsys
+import hashlib
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from callbacks.protocols import PROTOCOL_TAG, at_step, parse_notes
 from jobs.run.registry import nearest
 from jobs.tracking.server import cause, mlflow_client, public_uri, sqlite_path
 from medsynth.errors import UserError
+from metrics.protocol import Protocol
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -36,6 +39,16 @@ BETTER: dict[str, Callable] = {
 }
 
 
+SCORES = "eval/"
+"""How the keys of scores of pictures begin."""
+UNNOTED = "unnoted-"
+"""How the digest begins of what is known of a protocol that no run has noted."""
+_DECIDING = (
+    *("evaluation.extractor", "evaluation.weights", "evaluation.images", "evaluation.reference", "data.name"),
+    *("data.resolution", "data.square", "data.sixteen_bit", "data.window"),
+)
+
+
 STUDY_TAG = "medsynth.study"
 """Of a run in MLflow that stands for a whole study; its runs are below it."""
 
@@ -51,9 +64,12 @@ class Run:
     params: dict[str, str]
     colour: str
     history: dict[str, list[tuple[int, float]]]
-    """Metric key -> (step, value) by step; not finite where training was not."""
+    """Metric key -> (step, value) by step; not finite where training was not. The key of a score of pictures ends in
+    the digest of its protocol, see `with_protocol`."""
     throughput: float | None
     """Newest throughput/images_per_second."""
+    protocols: dict[str, Protocol] = field(default_factory=dict)
+    """By what its scores are scores, by digest; of earlier versions' runs nothing is known but what the config says."""
 
     @property
     def method(self) -> str:
@@ -62,6 +78,11 @@ class Run:
     @property
     def data(self) -> str:
         return self.params.get("data.name", "unknown")
+
+    @property
+    def seen(self) -> str:
+        """The data set, and the figure of the pictures that it held."""
+        return f"{self.data} {self.tags.get('data.pictures', self.tags.get('data.fingerprint', ''))[:8]}".strip()
 
     def best(self, key: str) -> tuple[int, float] | None:
         """(step, value) of the best finite value; None without one."""
@@ -73,12 +94,27 @@ class Run:
 def better(key: str) -> Callable | None:
     """`min` or `max`, whichever is better of a metric; None for a spread (…_std) and for names of no known kind."""
     kind = kind_of(key)
-    return BETTER[kind] if kind and not key.endswith("_std") else None
+    return BETTER[kind] if kind and not plain(key).endswith("_std") else None
+
+
+def with_protocol(key: str, protocol: str) -> str:
+    """The key of the values of a metric that are of one protocol: two of them never make one column."""
+    return f"{key}@{protocol}"
+
+
+def plain(key: str) -> str:
+    """The metric's own key."""
+    return key.partition("@")[0]
+
+
+def protocol_in(key: str) -> str | None:
+    """The digest of the protocol in a key, if there is one."""
+    return key.partition("@")[2] or None
 
 
 def kind_of(key: str) -> str | None:
     """The name in `BETTER` that a metric goes by; None where it goes by none."""
-    name = key.rpartition("/")[2]
+    name = plain(key).rpartition("/")[2]
     return next((kind for kind in BETTER if name == kind or name.startswith(f"{kind}_")), None)
 
 
@@ -133,11 +169,15 @@ def load_runs(
 
 def _load_run(client: "MlflowClient", record: "Record", colour: str, training: bool) -> Run:
     metrics = record.data.metrics
-    history = {
-        key: sorted((point.step, stored(point.value)) for point in client.get_metric_history(record.info.run_id, key))
-        for key in metrics
-        if better(key) and (training or not key.startswith("train/"))
-    }
+    notes = parse_notes(record.data.tags.get(PROTOCOL_TAG, "[]"))
+    unnoted = _unnoted(record)
+    history: dict[str, list[tuple[int, float]]] = {}
+    for key in (key for key in metrics if better(key) and (training or not key.startswith("train/"))):
+        for point in sorted(client.get_metric_history(record.info.run_id, key), key=lambda point: point.step):
+            scored_by = at_step(notes, point.step) if key.startswith(SCORES) else None
+            digest = scored_by.digest if scored_by else unnoted
+            own = with_protocol(key, digest) if key.startswith(SCORES) else key
+            history.setdefault(own, []).append((point.step, stored(point.value)))
     return Run(
         id=record.info.run_id,
         name=record.info.run_name,
@@ -147,7 +187,14 @@ def _load_run(client: "MlflowClient", record: "Record", colour: str, training: b
         colour=colour,
         history=history,
         throughput=metrics.get("throughput/images_per_second"),
+        protocols={note.protocol.digest: note.protocol for note in notes},
     )
+
+
+def _unnoted(record: "Record") -> str:
+    """What stands for the protocol of a run that has noted none: its config, as far as it decides."""
+    said = {key: record.data.params.get(key) for key in _DECIDING}
+    return UNNOTED + hashlib.sha256(repr(said).encode()).hexdigest()[:8]
 
 
 def _colour(index: int) -> str:

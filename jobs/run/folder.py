@@ -28,7 +28,7 @@ from jobs.run.checks import accumulation
 from jobs.run.config import instantiate, load_config, to_yaml
 from jobs.run.pretrained import hold
 from jobs.run.registry import data_class, method_class
-from lightning_modules.base import GenerativeModule
+from lightning_modules.base import GenerativeModule, frozen_dtype
 from lightning_modules.families.latent_diffusion import LatentDiffusion
 from medsynth.errors import UserError
 from medsynth.files import naming_unwritten, read_object, write_whole
@@ -122,10 +122,11 @@ def require_same_split(data: ImageDataModule, run_dir: Path) -> None:
         )
 
 
-def load_run(run_dir: Path, checkpoint: str = "best") -> tuple[GenerativeModule, DictConfig]:
+def load_run(run_dir: Path, checkpoint: str = "best", as_trained: bool = False) -> tuple[GenerativeModule, DictConfig]:
     """The trained model of a run with its averaged weights, in evaluation mode on the CPU, and the run's config.
 
-    checkpoint: "best" or "last"; where there is no best one, the newest that verifies.
+    checkpoint: "best" or "last"; where there is no best one, the newest that verifies. as_trained: hold frozen weights
+    in the type that training held them in.
 
     Raises:
         UserError: this is no run directory, it holds no sound checkpoint, or its pretrained weights have changed.
@@ -133,8 +134,11 @@ def load_run(run_dir: Path, checkpoint: str = "best") -> tuple[GenerativeModule,
     config = read_config(run_dir)
     module = build_module(config)
     hold(run_dir, module)
+    dtype = frozen_dtype(config.hardware.precision) if as_trained else torch.float32
+    module.frozen_dtype = dtype
     module.configure_model()
     load_weights(module, find_checkpoint(run_dir, checkpoint))
+    module.hold_frozen(dtype)
     return module.eval(), config
 
 

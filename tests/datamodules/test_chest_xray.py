@@ -20,7 +20,7 @@ from datamodules.files.dicom import stretch
 from datamodules.files.images import Geometry, crop_square, read_rgb
 from datamodules.files.layout_writers import convert
 from datamodules.phantoms.chest import write_chest, write_dicom
-from jobs.evaluate import _Folder
+from jobs.scoring.folders import Reading, ScoredFolder
 from medsynth.errors import UserError
 from tests.dicom_files import dicom
 
@@ -292,7 +292,7 @@ def test_a_score_and_training_each_read_a_large_jpeg_their_way(tmp_path):
         Image.fromarray(coarse).resize((512, 512)).save(tmp_path / "images" / f"p{index}.jpg", quality=95)
     data = chest(tmp_path, controls=[])
     whole = [crop_square(read_rgb(tmp_path / f"images/p{i}.jpg", 10**6), 32) for i in range(2)]
-    references, real = data.reference_set("all"), _Folder(tmp_path / "images", 32)
+    references, real = data.reference_set("all"), ScoredFolder(tmp_path / "images", Reading(32))
     assert all(torch.equal(references[i], whole[i]) and torch.equal(real[i], whole[i]) for i in range(2))
     small = data.validation_set()[0].images[0] * 255
     index = int(data.validation_set().pairs[0].picture[1])
@@ -303,10 +303,10 @@ def test_evaluate_reads_a_chest_set_as_the_data_set_does(tmp_path):
     write_chest(tmp_path / "set", images=12, seed=0, size=48, dicom=True)
     data = chest(tmp_path / "set", resolution=48)
     references = data.reference_set("all")
-    found = _Folder(tmp_path / "set" / "images", None, sixteen_bit="window")
+    found = ScoredFolder(tmp_path / "set" / "images", Reading(sixteen_bit="window"))
     assert len(found) == len(references) == 12
     assert all(torch.equal(found[i], references[i]) for i in range(12))
-    plain = _Folder(tmp_path / "set" / "images", None)
+    plain = ScoredFolder(tmp_path / "set" / "images", Reading())
     said = []
     for index in range(12):
         try:

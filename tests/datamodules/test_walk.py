@@ -15,8 +15,8 @@ from datamodules.files.layout_writers import convert
 from datamodules.files.walk import PictureFolder, others_in, walk
 from datamodules.medvqa_gi import MedVQAGI, MedVQAGIConfig
 from datamodules.phantoms.chest import write_dicom
-from jobs.evaluate import _Folder
 from jobs.evaluate import main as evaluate
+from jobs.scoring.folders import Reading, ScoredFolder
 from medsynth.errors import UserError
 from tests.class_folders import write_classes
 
@@ -53,7 +53,7 @@ def test_linked_folders_and_files_are_followed(tmp_path):
         (root / f"normal/q{index}.png").symlink_to(tmp_path / f"pool/normal/p{index}.png")
     names = [*(f"mild/p{i}.png" for i in range(4)), "normal/q0.png", "normal/q1.png"]
     assert walk(root) == names == PictureFolder(root).names()
-    assert [str(path.relative_to(root)) for path in _Folder(root, None).paths] == names, "evaluate's own"
+    assert [str(path.relative_to(root)) for path in ScoredFolder(root, Reading()).paths] == names, "evaluate's own"
 
 
 @pytest.mark.parametrize("target", [".", "..", "../../set", "loop"])
@@ -101,7 +101,7 @@ def test_hidden_names_are_no_data(tmp_path):
     touch(tmp_path, ".ipynb_checkpoints/p0-checkpoint.png", "@eaDir/p0.png/SYNOPHOTO_THUMB_M.jpg", "._p0.png")
     touch(tmp_path, ".DS_Store", "Thumbs.db", "a/__MACOSX/p0.png", "lost+found/p1.png", "a/desktop.ini", "~$list.csv")
     assert walk(tmp_path) == ["p0.png"] == PictureFolder(tmp_path).names()
-    assert _Folder(tmp_path, None).paths == [tmp_path / "p0.png"]
+    assert ScoredFolder(tmp_path, Reading()).paths == [tmp_path / "p0.png"]
     with pytest.raises(UserError, match=r"/\._p0\.png has a hidden name, which is no data: rename it"):
         PictureFolder(tmp_path).find("._p0.png")
 

@@ -11,13 +11,15 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
+from callbacks.protocols import PROTOCOL_TAG, Note, as_tag, at_step, noted_after, parse_notes
 from jobs.compare import main
 from jobs.report.curves import draw_curves
-from jobs.report.runs import Run, better
-from jobs.report.table import compare, mismatches, paper_figures
+from jobs.report.runs import Run, better, with_protocol
+from jobs.report.table import compare, heading, mismatches, paper_figures
 from jobs.tracking.logger import RunTracker, TrackingConfig
 from jobs.tracking.server import mlflow_client
 from medsynth.errors import UserError
+from metrics.protocol import Protocol
 
 ODD_NAME = "cells <b>&amp [bold]"
 
@@ -29,10 +31,12 @@ def uri(tmp_path_factory) -> str:
     uri = f"sqlite:///{folder / 'mlruns.db'}"
 
     trial = log_run(folder, uri, "trial", "msdm", "medvqa_gi", 64, "random")
+    trial.set_tags({PROTOCOL_TAG: as_tag([Note(0, protocol(extractor="random", resolution=64))])})
     trial.log_metrics({"eval/fd_random": 5.0, "eval/kd_random_std": 0.1, "throughput/images_per_second": 12.5}, 10)
     trial.finalize("interrupted")
 
     full = log_run(folder, uri, "full", "msdm", "medvqa_gi", 256, "inception")
+    full.set_tags({PROTOCOL_TAG: as_tag([Note(0, protocol())])})
     for step, fid in ((100, 40.0), (200, 34.25), (300, 36.5)):
         full.log_metrics({"eval/fid": fid, "eval/recall": 0.5 - fid / 2000, "train/loss": fid / 100}, step)
         full.log_image("eval/grid", Image.new("RGB", (2048, 512), (step - 100, 40, 90)), step)
@@ -50,8 +54,19 @@ def uri(tmp_path_factory) -> str:
     return uri
 
 
+def protocol(**facts) -> Protocol:
+    """One of Inception at 256×256, 2,000 against 2,000, with these facts in place of its own."""
+    own = {
+        "extractor": "inception", "weights": "inception-0123456789", "resize": "bilinear", "antialias": False,
+        "input_range": "(x - 128) / 128", "resolution": 256, "square": "crop", "sixteen_bit": "full", "window": None,
+        "reading": 2, "reference": "all", "split_seed": None, "real": 2000, "fake": 2000, "bank": 10_000,
+        "quantisation": "uint8", "subsets": "100 of 1000",
+    }  # fmt: skip
+    return Protocol(**own | facts)
+
+
 def log_run(folder: Path, uri: str, name: str, method: str, data: str, resolution: int, extractor: str) -> RunTracker:
-    tracker = RunTracker(folder / f"run-{method}-{resolution}", TrackingConfig(uri), name)
+    tracker = RunTracker(folder / f"run-{method}-{resolution}", TrackingConfig(uri, timeout_seconds=300), name)
     tracker.log_hyperparams({"method": method, "data": {"name": data, "resolution": resolution}})
     tags = {"data.fingerprint": "0123456789abcdef", "extractor": extractor, "parameters.trained": 12_300_000}
     tracker.set_tags({"method": method} | tags)
@@ -80,11 +95,14 @@ def cells_of(printed: str, name: str) -> list[str]:
 def test_the_table_has_runs_beside_the_papers_figures(output):
     printed, _ = output
     full = cells_of(printed, "full")
-    assert full == ["full", "finished", "medvqa_gi 01234567", "200", "12.3 M", "34.25", "", "", "0.4829", "", ""]
+    assert full[:5] == ["full", "finished", "medvqa_gi 01234567", "200", "12.3 M"]
+    # Ours and the papers' figures of one metric stand side by side, in columns of their own.
+    assert full[5:] == ["34.25", "", "", "", "0.4829", "", "", ""]
     trial = cells_of(printed, "trial")
-    assert [trial[i] for i in (1, 6, 10)] == ["killed", "5", "12.5"]
+    assert [trial[i] for i in (1, 7, 12)] == ["killed", "5", "12.5"]
     paper = cells_of(printed, "paper: MMCP 2024")
-    assert paper[2:] == ["medvqa_gi", "", "326 M", "33.58", "", "0.929", "0.498", "0.648", ""]
+    assert paper[2:] == ["medvqa_gi", "", "326 M", "", "33.58", "", "0.929", "", "0.498", "0.648", ""]
+    assert "fid ↓ A" in printed and "fid ↓ paper" in printed and "protocol A: inception" in printed
     assert cells_of(printed, ODD_NAME)[1:] == ["failed", "cytology 01234567", "1", "12.3 M", "1", ""]
     assert cells_of(printed, "stray")[1:3] == ["running", "unknown"]
     assert "(36.5)" in printed and "kd_random_std" not in printed and "FID in own scale 3.39" in printed
@@ -206,6 +224,73 @@ def test_a_metric_that_never_was_finite_has_no_best():
     [group] = compare("x", [run], []).groups
     assert (group.rows[0].values, group.rows[0].step) == (["inf"], "")
     assert draw_curves("eval/fid", [run]).startswith("<svg")
+
+
+# Protocols
+
+
+def test_two_protocols_never_share_a_column(uri, tmp_path):
+    """A run that was resumed with another number of pictures, one of that number, and one that has noted nothing."""
+    few, many = protocol(fake=500), protocol()
+    resumed = log_run(tmp_path / "a", uri, "resumed", "llcm", "canine_hip", 256, "inception")
+    resumed.set_tags({PROTOCOL_TAG: as_tag([Note(0, few), Note(20, many)])})
+    for step, fid in ((0, 90.0), (10, 50.0), (20, 40.0), (30, 60.0)):
+        resumed.log_metrics({"eval/fid": fid, "val/loss": fid}, step)
+    other = log_run(tmp_path / "b", uri, "other", "llcm", "canine_hip", 256, "inception")
+    other.set_tags({PROTOCOL_TAG: as_tag([Note(0, many)])})
+    other.log_metrics({"eval/fid": 55.0, "val/loss": 1.0}, 30)
+    unnoted = log_run(tmp_path / "c", uri, "unnoted", "llcm", "canine_hip", 256, "inception")
+    unnoted.log_metrics({"eval/fid": 1.0}, 30)
+    for tracker in (resumed, other, unnoted):
+        tracker.finalize("success")
+
+    page = tmp_path / "page.html"
+    named = [part for name in ("resumed", "other", "unnoted") for part in ("--runs", name)]
+    printed = invoke(uri, *named, "--html", str(page))
+    columns = sorted([few.digest, many.digest])
+    values = {name: cells_of(printed, name)[5:8] for name in ("resumed", "other", "unnoted")}
+    assert values["resumed"][columns.index(few.digest)].startswith("40") and values["resumed"][2] == ""
+    assert values["resumed"][columns.index(many.digest)] == "60"
+    assert values["other"][columns.index(many.digest)] == "55" and values["other"].count("") == 2
+    assert values["unnoted"] == ["", "", "1"]
+    assert "500 generated against 2000 real" in printed and "protocol C: not noted" in printed
+    for letter in "ABC":
+        assert page.read_text(encoding="utf-8").count(f"<h3>fid ↓ {letter}</h3>") == 1, "nor one picture of curves"
+
+
+def test_the_first_of_two_values_of_a_step_has_the_first_protocol():
+    few, many = protocol(fake=500), protocol()
+    notes = noted_after(noted_after([], 0, few), 20, many)
+    assert noted_after(notes, 40, many) == notes
+    assert [at_step(notes, step) for step in (0, 20, 21)] == [few, few, many]
+    assert parse_notes(as_tag(notes)) == notes and at_step([], 3) is None
+    assert parse_notes("[{}]") == parse_notes("broken") == parse_notes("3") == []
+
+
+def test_a_tag_that_holds_too_much_forgets_what_came_first():
+    notes = [Note(10 * i, protocol(fake=i)) for i in range(100)]
+    kept = parse_notes(as_tag(notes))
+    assert len(as_tag(notes)) <= 8000 and kept == notes[-len(kept) :]
+    assert at_step(kept, 0) is None and at_step(kept, 10_000) == notes[-1].protocol
+
+
+def test_protocols_are_equal_but_for_versions_and_say_what_differs():
+    one = protocol()
+    assert one == protocol(versions={"torch": "1"}) and one.digest == protocol(versions={"torch": "1"}).digest
+    other = protocol(window=(40.0, 400.0), real=7)
+    assert other != one and other.digest != one.digest
+    assert other.differences(one) == ["window [40.0, 400.0], not none", "real 7, not 2000"]
+
+
+def test_only_runs_that_saw_the_same_pictures_lead():
+    key = with_protocol("eval/fid", "0123abcd")
+    runs = [a_run("one"), a_run("two"), a_run("elsewhere")]
+    for run, value in zip(runs, (3.0, 4.0, 1.0), strict=True):
+        run.history[key] = [(1, value)]
+    runs[2].tags = runs[2].tags | {"data.pictures": "another"}
+    [group] = compare("x", runs, []).groups
+    assert {row.name: row.leads for row in group.rows} == {"one": [True], "two": [False], "elsewhere": [False]}
+    assert heading(key, {"0123abcd": "A"}) == "fid ↓ A"
 
 
 def test_other_data_are_not_comparable():

@@ -22,8 +22,12 @@ SIDE = 32
 
 
 def evaluate(real, fake, *arguments) -> str:
-    options = ["--real", real, "--fake", fake, "--extractor", "random", "--workers", 0, *arguments]
-    result = CliRunner().invoke(cli.main, ["evaluate", *(str(o) for o in options)], standalone_mode=False)
+    return evaluated("--real", real, "--fake", fake, "--extractor", "random", "--workers", 0, *arguments)
+
+
+def evaluated(*arguments) -> str:
+    """What the command prints; raises what it raises."""
+    result = CliRunner().invoke(cli.main, ["evaluate", *(str(a) for a in arguments)], standalone_mode=False)
     if result.exception:
         raise result.exception
     return result.output
@@ -117,7 +121,7 @@ def test_one_subset_has_no_deviation_in_the_report(tmp_path):
 )
 def test_a_report_that_cannot_be_written_is_refused_before_anything_is_scored(tmp_path, monkeypatch, out, said):
     real = pictures(tmp_path / "real", 4, (32, 32))
-    monkeypatch.setattr("jobs.evaluate._stream", lambda *args: pytest.fail("scored before it was refused"))
+    monkeypatch.setattr("jobs.scoring.folders.stream", lambda *args: pytest.fail("scored before it was refused"))
     with pytest.raises(UserError, match=f"^--out .*{said}"):
         evaluate(real, real, "--out", tmp_path / out)
 
@@ -125,7 +129,7 @@ def test_a_report_that_cannot_be_written_is_refused_before_anything_is_scored(tm
 def test_a_picture_whose_header_is_broken_is_refused_before_anything_is_scored(tmp_path, monkeypatch):
     real, fake = pictures(tmp_path / "real", 4, (32, 32)), pictures(tmp_path / "fake", 4, (32, 32))
     (fake / "3.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
-    monkeypatch.setattr("jobs.evaluate._stream", lambda *args: pytest.fail("scored before it was refused"))
+    monkeypatch.setattr("jobs.scoring.folders.stream", lambda *args: pytest.fail("scored before it was refused"))
     with pytest.raises(UserError, match=r"fake/3\.png"):
         evaluate(real, fake)
 

@@ -18,9 +18,9 @@ from jobs.drawing import folder as drawing
 from jobs.drawing.asked import _words_of_controls
 from jobs.drawing.facts import load_with_facts
 from jobs.drawing.request import Request
-from jobs.evaluate import _Folder as Scored
 from jobs.run.config import load_config
 from jobs.run.folder import build_module, build_source, write_config
+from jobs.scoring.folders import Reading, ScoredFolder
 from medsynth.errors import UserError
 from medsynth.files import put_whole
 from medsynth.owner import Owner
@@ -315,13 +315,15 @@ def test_evaluate_leaves_out_what_steered(tmp_path):
         (out / place).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8)).save(out / place)
     (out / "manifest.csv").write_text(f"{header},mask,method\n")
-    names = [path.relative_to(out).as_posix() for path in Scored(tmp_path / "scored", None).paths]
+    names = [path.relative_to(out).as_posix() for path in ScoredFolder(tmp_path / "scored", Reading()).paths]
     assert names == ["canny/p.png", "p.png"], "of an own folder canny nothing is said"
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked/elsewhere").symlink_to(out)
-    assert [path.name for path in Scored(tmp_path / "linked", None).paths] == ["p.png", "p.png"], "nor of a linked one"
+    assert [path.name for path in ScoredFolder(tmp_path / "linked", Reading()).paths] == ["p.png", "p.png"], (
+        "nor of a linked one"
+    )
     (out / "manifest.csv").write_text("file,mask\n")
-    assert len(Scored(tmp_path / "scored", None).paths) == 4, "another's list"
+    assert len(ScoredFolder(tmp_path / "scored", Reading()).paths) == 4, "another's list"
 
 
 def test_a_mask_lost_beside_its_picture_is_written_again(steered, own, tmp_path):

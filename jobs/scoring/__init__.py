@@ -1,0 +1,1 @@
+"""What `medsynth evaluate` does."""

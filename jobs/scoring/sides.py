@@ -1,0 +1,71 @@
+"""The two sides of a score, real and generated pictures, read by one protocol."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datamodules.base import SizedDataset
+from jobs.scoring.folders import Reading, ScoredFolder, Sizes, said_of_sizes, side_of
+from jobs.scoring.run import open_run
+from metrics.extractors import FeatureExtractor, build_extractor
+from metrics.protocol import Protocol, protocol_of
+from metrics.suite import MAX_BANK
+
+SETTING = "give --weights PATH or --extractor random"
+
+
+@dataclass
+class Sides:
+    """Pictures of both sides, what looks at them, and by what their scores will be scores."""
+
+    real: SizedDataset
+    fake: ScoredFolder
+    extractor: FeatureExtractor
+    protocol: Protocol
+    notes: list[str] = field(default_factory=list)
+    """What is to be said before the work."""
+    sizes: dict[str, Sizes] = field(default_factory=dict)
+    """Of the sides that lie in folders, as they lie."""
+
+
+def open_sides(
+    like: Path | None, real: Path | None, fake: Path, reading: Reading, extractor: str, weights: str | None
+) -> Sides:
+    """Both sides as the options have them, or `like` a run, whose real pictures are those without `real`.
+
+    Raises:
+        UserError: folders, pictures, weights or the run are not what they should be.
+    """
+    if like is not None:
+        return _like_a_run(like, real, fake)
+    assert real is not None
+    reals, fakes = ScoredFolder(real, reading), ScoredFolder(fake, reading)
+    network = build_extractor(extractor, weights, SETTING)
+    real_sizes, fake_sizes = reals.sizes(), fakes.sizes()
+    reading.resolution = reading.resolution or side_of(fake_sizes)
+    counted = {"reference": "folder", "split_seed": None, "real": len(reals), "fake": len(fakes), "bank": MAX_BANK}
+    protocol = protocol_of(network, reading.facts(), **counted)
+    notes = [*reals.notes, *fakes.notes, *said_of_sizes(real_sizes, fake_sizes, reading.resolution, reading.square)]
+    return Sides(reals, fakes, network, protocol, notes, {"real_sizes": real_sizes, "fake_sizes": fake_sizes})
+
+
+def _like_a_run(like: Path, real: Path | None, fake: Path) -> Sides:
+    run = open_run(like)
+    read = run.protocol
+    reading = Reading(
+        read.resolution, read.square, read.sixteen_bit, (read.window[0], read.window[1]) if read.window else None
+    )
+    fakes = ScoredFolder(fake, reading)
+    sizes = {"fake_sizes": fakes.sizes()}
+    reals: SizedDataset = run.data.reference_set(run.scoring.config.reference)
+    counted = {"reference": read.reference, "split_seed": read.split_seed}
+    notes = list(fakes.notes)
+    if real is not None:
+        reals = folder = ScoredFolder(real, reading)
+        sizes["real_sizes"] = folder.sizes()
+        counted = {"reference": "folder", "split_seed": None}
+        notes += folder.notes
+    counts = {"real": len(reals), "fake": len(fakes), "bank": MAX_BANK}
+    protocol = protocol_of(run.scoring.extractor, run.data.reading(), **counted, **counts)
+    if changed := protocol.differences(read):
+        notes.append(f"not comparable with the scores that {like} has logged: {'; '.join(changed)}")
+    return Sides(reals, fakes, run.scoring.extractor, protocol, notes, sizes)
