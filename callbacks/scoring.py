@@ -22,7 +22,7 @@ from medsynth.files import put_whole
 from medsynth.ranges import choice, number
 from metrics.extractors import EXTRACTORS, FeatureExtractor, build_extractor
 from metrics.images import quantise
-from metrics.paired import PairedSimilarity
+from metrics.paired import PAIRED, PairedSimilarity
 from metrics.protocol import Protocol, protocol_of
 from metrics.suite import LEAST, MAX_BANK, GenerationMetrics, score_names
 
@@ -46,7 +46,8 @@ class EvaluationConfig:
     reference: str = choice("all", ("train", "val", "all"))
     """Real pictures to score against: train, val or all (the papers' choice)."""
     paired: bool = False
-    """Compare each generated picture with the real one whose conditions it was given too: eval/psnr (dB), eval/ssim."""
+    """Compare each generated picture with the real one whose conditions it was given too: eval/psnr, eval/psnr_pooled
+    (dB), eval/ssim, eval/ssim_whole."""
     steps: Optional[int] = number(None, least=1)
     """Denoising steps; by default the model's."""
     guidance: Optional[float] = number(None, least=0)
@@ -66,7 +67,7 @@ class EvaluationConfig:
             return []
         scores = score_names(self.extractor, EXTRACTORS[self.extractor].classes > 0)
         scores = [name for name in scores if not name.endswith("_std")]
-        return [f"eval/{name}" for name in scores + (["psnr", "ssim"] if self.paired else [])]
+        return [f"eval/{name}" for name in scores + (list(PAIRED) if self.paired else [])]
 
 
 class Processes(Interface):

@@ -39,6 +39,23 @@ def kernel_distance(
     return distances.mean().item(), distances.std(correction=0).item() if varies else None
 
 
+def full_kernel_distance(real: Tensor, fake: Tensor) -> float:
+    """The unbiased estimate of the squared MMD from all pairs of `real` (n, d) and `fake` (m, d): no subset is drawn.
+
+    What the mean over subsets estimates with more spread: the same number where sets are no larger than a subset.
+
+    Raises:
+        UserError: a set has fewer than 2 pictures.
+    """
+    n, m = len(real), len(fake)
+    if min(n, m) < 2:
+        raise UserError(f"The kernel distance needs at least 2 pictures of each set, not {min(n, m)}")
+    x, y = real.double(), fake.double()
+    in_x, in_y = x.new_ones(n, 1), y.new_ones(m, 1)
+    within = _within(x, in_x) / (n * (n - 1)) + _within(y, in_y) / (m * (m - 1))
+    return (within - 2 * _between(x, y, in_x, in_y) / (n * m)).item()
+
+
 def _membership(draws: list[np.ndarray], features: Tensor) -> Tensor:
     """(n, subsets), 1 where a picture is in a subset, 0 elsewhere."""
     rows = torch.from_numpy(np.stack(draws, axis=1)).to(features.device)

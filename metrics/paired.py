@@ -1,19 +1,29 @@
 """How near generated pictures come to the real ones that they were asked to repeat."""
 
+import math
+
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
+from medsynth.errors import UserError
 from metrics.sync import all_reduce
+
+PAIRED = ("psnr", "psnr_pooled", "ssim", "ssim_whole")
+"""The names of the scores."""
+_MARGIN = 5  # pixels of a window beside its middle
 
 
 class PairedSimilarity(Metric):
-    """PSNR and SSIM (Wang et al. 2004) of pictures against their counterparts, each the mean over the pictures.
+    """PSNR and SSIM (Wang et al. 2004) of pictures against their counterparts.
 
-    SSIM has Gaussian windows of 11 pixels, standard deviation 1.5, at every pixel: borders are mirrored.
+    PSNR is the mean over the pictures and, pooled, that of the mean error of all. SSIM has Gaussian windows of 11
+    pixels, standard deviation 1.5: at every pixel, borders mirrored, and only where the whole window lies in the
+    picture, as the paper defines it; both are means over the pictures.
 
-    States: `sums` (2,), float64, of both over the pictures; `seen` (total,), int32, how often each picture came.
+    States: `sums` (4,), float64, over the pictures: PSNR, SSIM, SSIM of whole windows, mean squared error; `seen`
+    (total,), int32, how often each picture came.
     """
 
     full_state_update = False
@@ -21,15 +31,22 @@ class PairedSimilarity(Metric):
     def __init__(self, total: int):
         """`total` pairs over all processes."""
         super().__init__(dist_sync_fn=all_reduce)
-        self.add_state("sums", torch.zeros(2, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("sums", torch.zeros(4, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("seen", torch.zeros(total, dtype=torch.int32), dist_reduce_fx="sum")
 
     def update(self, images: Tensor, reals: Tensor, indices: Tensor) -> None:
-        """Add pairs, uint8 (n, 3, H, W) each, at least 6 pixels a side.
+        """Add pairs, uint8 (n, 3, H, W) each, at least 11 pixels a side.
 
         `indices`, int64 (n,), are the pairs' places in the whole set, 0 … total-1, each seen once over all processes;
         -1 marks padding, which is not scored.
+
+        Raises:
+            UserError: the pictures are smaller than a window.
         """
+        if min(images.shape[-2:]) < 2 * _MARGIN + 1:
+            raise UserError(
+                f"SSIM looks through windows of 11 pixels: pairs of {tuple(images.shape[-2:])} have no room"
+            )
         indices = indices.to(self.device)
         scored = indices >= 0
         if not scored.any():
@@ -37,15 +54,19 @@ class PairedSimilarity(Metric):
         # float64: a convolution's rounding differs with the size of the batch.
         ours, theirs = (pictures.to(self.device)[scored].double() / 255 for pictures in (images, reals))
         psnr = peak_signal_noise_ratio(ours, theirs, data_range=1.0, reduction="none", dim=(1, 2, 3))
-        ssim = structural_similarity_index_measure(ours, theirs, data_range=1.0, reduction="none")
-        assert isinstance(ssim, Tensor)  # a tuple only where the full picture of it is asked for
+        ssim, everywhere = structural_similarity_index_measure(
+            ours, theirs, data_range=1.0, reduction="none", return_full_image=True
+        )
+        whole = everywhere[..., _MARGIN:-_MARGIN, _MARGIN:-_MARGIN].mean(dim=(1, 2, 3))
+        error = (ours - theirs).square().mean(dim=(1, 2, 3))
         # Nothing in place: a state made under inference_mode could not be changed outside it.
-        self.sums = self.sums + torch.stack([psnr.sum(), ssim.sum()])
+        self.sums = self.sums + torch.stack([psnr.sum(), ssim.sum(), whole.sum(), error.sum()])
         ones = torch.ones_like(indices[scored], dtype=torch.int32)
         self.seen = self.seen.index_add(0, indices[scored], ones)
 
     def compute(self) -> dict[str, float]:
-        """`psnr`, dB, infinite where a picture is repeated exactly; `ssim`, at most 1. All processes call it together.
+        """`PAIRED`, by name: `psnr` and `psnr_pooled`, dB, infinite where a picture, or each, is repeated exactly;
+        `ssim` and `ssim_whole`, at most 1. All processes call it together.
 
         Raises:
             ValueError: some pair is missing or came twice.
@@ -53,5 +74,6 @@ class PairedSimilarity(Metric):
         if not (self.seen == 1).all():
             missing, repeated = int((self.seen == 0).sum()), int((self.seen > 1).sum())
             raise ValueError(f"of {len(self.seen)} pairs to score, {missing} never came and {repeated} more than once")
-        psnr, ssim = (self.sums / len(self.seen)).tolist()
-        return {"psnr": psnr, "ssim": ssim}
+        psnr, ssim, whole, error = (self.sums / len(self.seen)).tolist()
+        pooled = -10 * math.log10(error) if error else math.inf
+        return dict(zip(PAIRED, (psnr, pooled, ssim, whole), strict=True))

@@ -11,35 +11,44 @@ from metrics.extractors import FeatureExtractor
 from metrics.features import FeatureStatistics
 from metrics.frechet import frechet_distance
 from metrics.inception_score import InceptionScore
-from metrics.kernel import kernel_distance
-from metrics.manifold import precision_recall
+from metrics.kernel import full_kernel_distance, kernel_distance
+from metrics.manifold import density_coverage, precision_recall
 
+_NEIGHBOURS = 5  # of density and coverage
 LEAST = 4
 """Pictures of a set that can be scored: precision and recall look at the third nearest other."""
+_PUBLISHED = {"inception": "", "clean_inception": "clean_"}
+"""Extractors whose scores have names of their own, and how these begin."""
 MAX_BANK = 10_000
 """Pictures of a set whose features are kept."""
 
 
 def score_names(extractor: str, has_logits: bool) -> list[str]:
     """What `GenerationMetrics.compute` names its scores with an extractor of that name, in its order."""
-    published = extractor == "inception"
-    suffix = "" if published else f"_{extractor}"
-    fd, kd = ("fid", "kid") if published else (f"fd{suffix}", f"kd{suffix}")
-    names = [fd, kd, f"{kd}_std", f"precision{suffix}", f"recall{suffix}", f"f1{suffix}"]
-    return names + ([f"isc{suffix}", f"isc{suffix}_std"] if has_logits else [])
+    if extractor in _PUBLISHED:
+        before, behind, fd, kd = _PUBLISHED[extractor], "", "fid", "kid"
+    else:
+        before, behind, fd, kd = "", f"_{extractor}", "fd", "kd"
+    kinds = [fd, kd, f"{kd}_std", f"{kd}_full", "precision", "recall", "f1", "density", "coverage"]
+    kinds += ["isc", "isc_std"] if has_logits else []
+    named = [(kind.removesuffix("_std"), "_std" if kind.endswith("_std") else "") for kind in kinds]
+    return [f"{before}{name}{behind}{spread}" for name, spread in named]
 
 
 class GenerationMetrics(nn.Module):
-    """Fréchet and kernel distance, precision, recall and F1, and the Inception Score where the extractor has logits.
+    """Fréchet and kernel distance, precision, recall and F1, density and coverage, and the Inception Score where the
+    extractor has logits.
 
     Every process updates it with its own share of the pictures, however uneven; `compute` gives the same numbers on
-    each, and for any number of processes. Fréchet distance and Inception Score take in all pictures; kernel distance,
-    precision and recall at most `max_bank` of each set, chosen by their indices alone. Each set takes about
+    each, and for any number of processes. Fréchet distance and Inception Score take in all pictures; the others
+    at most `max_bank` of each set, chosen by their indices alone. Each set takes about
     16 dim² + 8 max_bank dim bytes.
 
-    With extractor "inception" the scores are named fid, kid, kid_std, precision, recall, f1, isc, isc_std; with any
-    other, say "random", fd_random, kd_random, kd_random_std, precision_random, recall_random, f1_random. The kernel
-    distance's deviation is over subsets, and left out where every subset would be the whole of both sets.
+    With extractor "inception" the scores are named fid, kid, kid_std, kid_full, precision, recall, f1, density,
+    coverage, isc, isc_std; with any other, say "random", fd_random, kd_random, kd_random_std, kd_full_random,
+    precision_random … The kernel distance is the mean over subsets, and over all pairs at once with "full"; its
+    deviation is over subsets, and left out where every subset would be the whole of both sets. Density and coverage are
+    left out of fewer than 6 real pictures.
     """
 
     def __init__(self, extractor: FeatureExtractor, total_real: int, total_fake: int, max_bank: int = MAX_BANK):
@@ -106,9 +115,10 @@ class GenerationMetrics(nn.Module):
         real_features = real["features"].to(fake["features"].device)
         distance = frechet_distance(real["mean"], real["covariance"], fake["mean"], fake["covariance"])
         kernel, kernel_std = kernel_distance(real_features, fake["features"])
-        precision, recall, f1 = precision_recall(real_features, fake["features"])
-
-        values = [distance, kernel, kernel_std, precision, recall, f1]
+        full = full_kernel_distance(real_features, fake["features"])
+        enough = len(real_features) > _NEIGHBOURS
+        spread = density_coverage(real_features, fake["features"], _NEIGHBOURS) if enough else (None, None)
+        values = [distance, kernel, kernel_std, full, *precision_recall(real_features, fake["features"]), *spread]
         if self.inception_score is not None:
             values += [score.item() for score in self.inception_score.compute()]
         names = score_names(self.extractor.name, self.inception_score is not None)

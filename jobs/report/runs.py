@@ -30,6 +30,8 @@ BETTER: dict[str, Callable] = {
     "precision": max,
     "recall": max,
     "f1": max,
+    "density": max,
+    "coverage": max,
     "psnr": max,
     "ssim": max,
     "lpips": min,
@@ -114,7 +116,7 @@ def protocol_in(key: str) -> str | None:
 
 def kind_of(key: str) -> str | None:
     """The name in `BETTER` that a metric goes by; None where it goes by none."""
-    name = plain(key).rpartition("/")[2]
+    name = plain(key).rpartition("/")[2].removeprefix("clean_")  # the same score of pictures resized otherwise
     return next((kind for kind in BETTER if name == kind or name.startswith(f"{kind}_")), None)
 
 

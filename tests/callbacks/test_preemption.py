@@ -24,7 +24,6 @@ import jobs.run.folder
 from callbacks.checkpoint import LastCheckpoint
 from callbacks.durable import read_manifest
 from callbacks.ema import EMA
-from callbacks.evaluation import Evaluation
 from callbacks.preemption import (
     ATTEMPTS_FILE,
     DifferentCheckpoints,
@@ -34,6 +33,7 @@ from callbacks.preemption import (
     PreemptionConfig,
     StopRequest,
 )
+from callbacks.scoring import Scoring
 from jobs import cli
 from jobs.run.config import load_config
 from jobs.tracking.server import mlflow_client
@@ -166,7 +166,7 @@ PLACES: dict[str, tuple] = {
     "within an accumulation": (GenerativeModule, "training_step", 7),
     "in a validation": (Preemption, "on_validation_batch_end", 1),
     "in the last validation": (Preemption, "on_validation_start", 2),
-    "while pictures are drawn": (Evaluation, "_load_reference", 1),
+    "while pictures are drawn": (Scoring, "_load_reference", 1),
     "by SIGTERM": (EMA, "_update", 4, signal.SIGTERM),
     "at the keyboard": (EMA, "_update", 4, signal.SIGINT),
     "by both signals at once": (EMA, "_update", 4, signal.SIGUSR1, signal.SIGTERM),
@@ -213,7 +213,7 @@ KILLS: dict[str, tuple] = {
     "after a save": (Preemption, "on_train_batch_end", 6),
     "between a save and the validation due": (Preemption, "on_validation_start", 1),
     "in the validation after a save": (Preemption, "on_validation_batch_end", 2),
-    "while pictures are drawn after a save": (Evaluation, "_load_reference", 1),
+    "while pictures are drawn after a save": (Scoring, "_load_reference", 1),
     "after the best was saved": (LastCheckpoint, "on_validation_end", 1),
     "in the save after a validation": (callbacks.durable, "_put_in_place", 3),
     "between the last save and the last validation": (Preemption, "on_validation_start", 2),

@@ -24,8 +24,8 @@ from metrics.features import FeatureStatistics
 from metrics.frechet import frechet_distance
 from metrics.images import quantise
 from metrics.inception_score import InceptionScore
-from metrics.kernel import kernel_distance
-from metrics.manifold import precision_recall
+from metrics.kernel import full_kernel_distance, kernel_distance
+from metrics.manifold import density_coverage, precision_recall
 from metrics.suite import GenerationMetrics
 
 OUTSIDE = {  # our name: torch-fidelity's
@@ -135,7 +135,10 @@ def test_all_scores_equal_torch_fidelity_on_the_same_files_and_weights(weights, 
         verbose=False,
     )
     ours = score(InceptionExtractor(str(weights)), real, fake)
-    assert ours == {name: pytest.approx(outside[theirs], rel=1e-4) for name, theirs in OUTSIDE.items()}
+    assert {name: ours[name] for name in OUTSIDE} == {
+        name: pytest.approx(outside[theirs], rel=1e-4) for name, theirs in OUTSIDE.items()
+    }
+    assert set(ours) - set(OUTSIDE) == {"kid_full", "density", "coverage"}
     assert 0 < ours["precision"] < 1 and 0 < ours["recall"] < 1 and ours["isc"] > 1.01  # nothing is degenerate
 
 
@@ -145,6 +148,42 @@ def test_kernel_distance_equals_torch_fidelity():
     outside = kid_features_to_metric(fake, real, kid_subsets=20, kid_subset_size=90, verbose=False)
     ours = kernel_distance(real, fake, subsets=20, subset_size=90)
     assert ours == pytest.approx(tuple(outside.values()), rel=1e-4)
+
+
+def test_the_full_kernel_distance_is_that_of_one_subset_of_all():
+    generator = torch.Generator().manual_seed(0)
+    real, fake = torch.randn(1500, 16, generator=generator), 1.2 * torch.randn(1500, 16, generator=generator) + 0.2
+    outside = kid_features_to_metric(fake, real, kid_subsets=1, kid_subset_size=1500, verbose=False)
+    assert full_kernel_distance(real, fake) == pytest.approx(outside[KID_MEAN], rel=1e-4)
+    # Of sets of two sizes by its definition; and unbiased: the mean over draws from one distribution is 0.
+    x, y = real[:40].double(), fake[:30].double()
+    kernels = [((a @ b.T / 16 + 1) ** 3) for a, b in ((x, x), (y, y), (x, y))]
+    within = [(k.sum() - k.trace()) / (len(k) * (len(k) - 1)) for k in kernels[:2]]
+    assert full_kernel_distance(x, y) == pytest.approx((sum(within) - 2 * kernels[2].mean()).item(), rel=1e-12)
+    draws = [full_kernel_distance(*torch.randn(2, 20, 4, generator=generator)) for _ in range(300)]
+    assert abs(np.mean(draws)) < 4 * np.std(draws) / 300**0.5 and np.std(draws) > 0.01
+
+
+def test_density_and_coverage_are_prdc_s():
+    prdc = pytest.importorskip("prdc")
+    generator = torch.Generator().manual_seed(0)
+    real, fake = torch.randn(1200, 8, generator=generator), 0.7 * torch.randn(300, 8, generator=generator) + 0.4
+    outside = prdc.compute_prdc(real.double().numpy(), fake.double().numpy(), nearest_k=5)
+    assert density_coverage(real, fake) == pytest.approx((outside["density"], outside["coverage"]), rel=1e-9)
+    assert precision_recall(real, fake, 5)[:2] == pytest.approx((outside["precision"], outside["recall"]), rel=1e-9)
+
+
+def test_density_and_coverage_where_they_are_known():
+    line = torch.arange(40.0)[:, None]
+    # Of a line of equal steps the fifth nearest other lies 3 steps off, at the ends up to 5; itself counts, too.
+    density, coverage = density_coverage(line[5:-5], line[5:-5])
+    assert coverage == 1 and 0.9 < density < 1.2
+    assert density_coverage(line, line + 1000) == (0, 0)
+    assert density_coverage(line, torch.full((7, 1), 20.0))[1] == 5 / 40, "those less than 3 steps off"
+    # An outlier among the real pictures makes precision 1, and hardly any density.
+    outlier = torch.cat([line, torch.tensor([[1e4]])])
+    assert precision_recall(outlier, line + 1000)[0] == 1
+    assert density_coverage(outlier, line + 1000) == (0.2, 1 / 41)
 
 
 def test_precision_recall_equal_torch_fidelity_over_several_blocks():
@@ -268,7 +307,8 @@ def test_scores_depend_neither_on_order_nor_on_padding():
 
 def test_names_say_which_features():
     images = quantise(phantoms(12, seed=1, size=8))
-    plain = {"fd_random", "kd_random", "kd_random_std", "precision_random", "recall_random", "f1_random"}
+    plain = {"fd_random", "kd_random", "kd_random_std", "kd_full_random", "precision_random", "recall_random"}
+    plain |= {"f1_random", "density_random", "coverage_random"}
     assert set(score(RandomConvExtractor(), images, images[:11])) == plain
     with_logits = {name.replace("random", "pixels") for name in plain} | {"isc_pixels", "isc_pixels_std"}
     assert set(score(PixelExtractor(), images, images[:11])) == with_logits
@@ -388,6 +428,8 @@ def test_real_pictures_without_finite_features_are_not_kept():
         lambda: FeatureStatistics(3, total=1),
         lambda: kernel_distance(torch.rand(1, 3), torch.rand(9, 3)),
         lambda: precision_recall(torch.rand(9, 3), torch.rand(3, 3)),
+        lambda: density_coverage(torch.rand(5, 3), torch.rand(9, 3)),
+        lambda: full_kernel_distance(torch.rand(9, 3), torch.rand(1, 3)),
     ],
 )
 def test_a_score_of_too_few_pictures_is_refused(made):

@@ -57,13 +57,46 @@ def test_both_are_the_means_over_pictures_of_their_definitions():
     mx, my = windowed(x), windowed(y)
     vx, vy, vxy = windowed(x * x) - mx**2, windowed(y * y) - my**2, windowed(x * y) - mx * my
     ssim = (2 * mx * my + c1) * (2 * vxy + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2))
-    assert score().compute() == pytest.approx({"psnr": psnr.mean(), "ssim": ssim.mean()}, rel=1e-6)
+    pooled = 10 * np.log10(255**2 / ((x - y) ** 2).mean())
+    expected = {"psnr": psnr.mean(), "psnr_pooled": pooled, "ssim": ssim.mean()}
+    expected["ssim_whole"] = ssim[..., 5:-5, 5:-5].mean()
+    assert score().compute() == pytest.approx(expected, rel=1e-6)
+
+
+def test_both_rules_of_the_border_are_public_libraries():
+    """scikit-image keeps whole windows only; piq's pictures of it are of whole windows too."""
+    skimage, piq = pytest.importorskip("skimage.metrics"), pytest.importorskip("piq")
+    images, reals = pairs()
+    values = score().compute()
+    both = list(zip(images.permute(0, 2, 3, 1).numpy(), reals.permute(0, 2, 3, 1).numpy(), strict=True))
+    whole = [
+        skimage.structural_similarity(
+            x, y, channel_axis=2, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=255
+        )
+        for x, y in both
+    ]
+    assert values["ssim_whole"] == pytest.approx(np.mean(whole), rel=1e-4)
+    assert values["ssim_whole"] == pytest.approx(
+        piq.ssim(images.double(), reals.double(), data_range=255, downsample=False).item(), rel=1e-4
+    )
+    psnr = [skimage.peak_signal_noise_ratio(y, x, data_range=255) for x, y in both]
+    assert values["psnr"] == pytest.approx(np.mean(psnr), rel=1e-6)
+    assert values["psnr_pooled"] == pytest.approx(
+        skimage.peak_signal_noise_ratio(reals.numpy(), images.numpy(), data_range=255), rel=1e-6
+    )
 
 
 def test_equal_pictures_have_ssim_1_and_no_error():
     metric, (images, _) = PairedSimilarity(TOTAL), pairs()
     metric.update(images, images, torch.arange(TOTAL))
-    assert metric.compute() == {"psnr": float("inf"), "ssim": pytest.approx(1, abs=1e-12)}
+    one = pytest.approx(1, abs=1e-12)
+    assert metric.compute() == {"psnr": float("inf"), "psnr_pooled": float("inf"), "ssim": one, "ssim_whole": one}
+
+
+def test_pictures_smaller_than_a_window_are_refused():
+    small = torch.zeros(2, 3, 10, 40, dtype=torch.uint8)
+    with pytest.raises(UserError, match="windows of 11 pixels"):
+        PairedSimilarity(2).update(small, small, torch.arange(2))
 
 
 def test_padding_and_batches_do_not_count():
