@@ -20,7 +20,7 @@ from lightning_modules.base import GenerativeModule
 from medsynth.errors import UserError
 from medsynth.files import put_whole
 from medsynth.ranges import choice, number
-from metrics.extractors import EXTRACTORS, FeatureExtractor, build_extractor
+from metrics.extractors import EXTRACTORS, RESIZES, FeatureExtractor, build_extractor, planned_name
 from metrics.images import quantise
 from metrics.paired import PAIRED, PairedSimilarity
 from metrics.protocol import Protocol, protocol_of
@@ -40,9 +40,12 @@ class EvaluationConfig:
     batch_size: int = number(32, least=1)
     """Pictures a process generates at once."""
     extractor: str = choice("inception", tuple(EXTRACTORS))
-    """Features: inception (of 2015-12-05, gives fid) or random (fixed seed, needs no weights, gives fd_random)."""
+    """Features: inception (of 2015-12-05, gives fid), random (fixed seed, needs no weights, gives fd_random), clef (the
+    MEDVQA-GI organisers', gives clef_fid and clef_is), transformers (a folder of CLIP, DINOv2 …, gives fd_<name>)."""
     weights: Optional[str] = None
-    """Inception weights file; by default where torch-fidelity keeps its download."""
+    """Its weights: a file, of transformers a folder; of inception by default where torch-fidelity has its download."""
+    resize: str = choice("tensorflow", RESIZES)
+    """How pictures come to Inception's input: tensorflow, as fid has it, or clean, antialiased, for clean_fid."""
     reference: str = choice("all", ("train", "val", "all"))
     """Real pictures to score against: train, val or all (the papers' choice)."""
     paired: bool = False
@@ -65,7 +68,8 @@ class EvaluationConfig:
         """What each evaluation logs that can be compared; of the deviations, the kernel distance's may be left out."""
         if not self.images:
             return []
-        scores = score_names(self.extractor, EXTRACTORS[self.extractor].classes > 0)
+        name = planned_name(self.extractor, self.weights, self.resize)
+        scores = score_names(name, EXTRACTORS[self.extractor].classes > 0)
         scores = [name for name in scores if not name.endswith("_std")]
         return [f"eval/{name}" for name in scores + (list(PAIRED) if self.paired else [])]
 
@@ -122,7 +126,7 @@ class Scoring:
             UserError: weights of the extractor are missing, or not what they should be.
         """
         self.config, self.seed = config, seed
-        self.extractor: FeatureExtractor = build_extractor(config.extractor, config.weights)
+        self.extractor: FeatureExtractor = build_extractor(config.extractor, config.weights, resize=config.resize)
 
     def protocol(self, data: ImageDataModule) -> Protocol:
         """By what the scores are scores: the same for every process and every picture drawn."""
@@ -183,6 +187,7 @@ class Scoring:
         """Statistics of the real pictures: from disk, or computed by all processes and kept there."""
         reading = data.reading()["reading"]
         key = (data.fingerprint(), self.config.reference, data.config.resolution, self.extractor.identity, reading)
+        key += (self.config.resize,) if self.config.resize != "tensorflow" else ()
         name = hashlib.sha256(repr(key).encode()).hexdigest()[:24]
         path = Path(self.config.cache).expanduser() / f"reference-{name}.safetensors"
         kept = _kept(path)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from jobs.scoring.folders import Reading
     from metrics.protocol import Protocol
 
-_READING = ("resolution", "square", "sixteen_bit", "window", "extractor", "weights")
+_READING = ("resolution", "square", "sixteen_bit", "window", "extractor", "weights", "resize")
 """Options that a run decides where one is named."""
 
 
@@ -20,8 +20,11 @@ _READING = ("resolution", "square", "sixteen_bit", "window", "extractor", "weigh
 @click.option("--like", metavar="RUN", type=click.Path(path_type=Path), help="Score by the protocol of this run.")
 @click.option("--real", type=click.Path(path_type=Path), help="Folder of real pictures, searched in depth.")
 @click.option("--fake", type=click.Path(path_type=Path), help="Folder of generated pictures, likewise.")
-@click.option("--extractor", help="inception or random (needs no weights). [default: inception]")
-@click.option("--weights", type=str, help="Inception weights file. [default: torch-fidelity's download]")
+@click.option("--extractor", help="inception, random (needs no weights), clef or transformers. [default: inception]")
+@click.option("--weights", help="Its weights: a file or a model's folder. [default: torch-fidelity's download]")
+@click.option(
+    "--resize", type=click.Choice(["tensorflow", "clean"]), help="To Inception's input. [default: tensorflow]"
+)
 @click.option(
     "--resolution", type=click.IntRange(1),
     help="Make pictures squares of this many pixels first, as training's references are. [default: the generated "
@@ -116,7 +119,9 @@ def _of_folders(
     from metrics.suite import GenerationMetrics
 
     batch_size, workers, device = how
-    sides = open_sides(like, real, fake, _reading(given), given["extractor"] or "inception", given["weights"])
+    sides = open_sides(
+        like, real, fake, _reading(given), {key: given[key] for key in ("extractor", "weights", "resize")}
+    )
     metrics = GenerationMetrics(sides.extractor, len(sides.real), len(sides.fake)).to(pick_device(device))
     for line in sides.notes:
         click.echo(line)

@@ -15,9 +15,14 @@ from torch.nn import functional as F
 from torch.nn.utils import fuse_conv_bn_eval
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3 as INCEPTION_URL
 from torch_fidelity.feature_extractor_inceptionv3 import BasicConv2d, FeatureExtractorInceptionV3
+from torchmetrics import Metric
 
 from medsynth.errors import UserError
+from medsynth.files import sha256_of
 from medsynth.pickled import read_pickled
+from metrics import vision
+from metrics.clef import CLASSES, Classifier, ClefScore, flat_resized, pooled
+from metrics.inception_score import InceptionScore
 
 
 class Features(NamedTuple):
@@ -47,6 +52,10 @@ class FeatureExtractor(nn.Module, ABC):
     @property
     def has_logits(self) -> bool:
         return self.classes > 0
+
+    def class_score(self, total: int) -> Metric | None:
+        """The metric of the logits of `total` pictures; None where there are none."""
+        return InceptionScore(total, self.classes) if self.has_logits else None
 
     def train(self, mode: bool = True) -> "FeatureExtractor":
         return super().train(False)
@@ -99,8 +108,13 @@ class InceptionExtractor(FeatureExtractor):
     antialias = False
     input_range = "(x - 128) / 128"
 
-    def __init__(self, weights: str | None = None, setting: str = "set evaluation.weights=PATH"):
+    def __init__(
+        self, weights: str | None = None, setting: str = "set evaluation.weights=PATH", resize: str = "tensorflow"
+    ):
         """`weights`: the file of weights; None for `inception_path()`. Nothing is downloaded.
+
+        resize: how pictures come to 299×299: "tensorflow", as the published FID has it, or "clean" (Parmar et al.
+        2022), bicubic with antialiasing; then the name begins with "clean_".
 
         setting: how messages say that the file is named.
 
@@ -120,25 +134,46 @@ class InceptionExtractor(FeatureExtractor):
         except Exception as error:  # a broken file fails in many ways
             raise UserError(f"{path}: broken, or not the weights of Inception 2015-12-05; {mend}") from error
         digest = hashlib.sha256(content).hexdigest()
-        published = inception_path().stem.rpartition("-")[2]  # the start of their SHA-256, as torch.hub names files
-        self.name = "inception" if digest.startswith(published) else f"inception_{digest[:8]}"
+        self.clean = resize == "clean"
+        self.name = _inception_name(digest, self.clean)
         self.identity = f"inception-{digest}"
+        if self.clean:
+            self.resize, self.antialias = "bicubic to 299×299, clipped to 0 … 255, not rounded", True
         self.eval()
 
     def _features(self, images: Tensor) -> Features:
-        return Features(*self.network(images))
+        if not self.clean:
+            return Features(*self.network(images))
+        x = F.interpolate(images.float(), size=(299, 299), mode="bicubic", antialias=True).clamp(0, 255)
+        pool = pooled(self.network, (x - 128) / 128)
+        return Features(pool, pool @ self.network.get_parameter("fc.weight").T)
+
+
+def _inception_name(digest: str, clean: bool) -> str:
+    published = inception_path().stem.rpartition("-")[2]  # the start of their SHA-256, as torch.hub names files
+    name = "inception" if digest.startswith(published) else f"inception_{digest[:8]}"
+    return f"clean_{name}" if clean else name
 
 
 class _Inception(FeatureExtractorInceptionV3):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As torch does it, but what does not fit raises a UserError of a few words that begin with a verb."""
-        # How many batches a normalisation has seen is in no picture's features, and in older files not at all.
-        counted, due = {}, {}
-        for name, value in self.state_dict().items():
-            (counted if name.endswith("num_batches_tracked") else due)[name] = value
-        given = {name: value for name, value in state_dict.items() if name not in counted}
-        _check_weights(given, due)
-        return super().load_state_dict(counted | given, strict, assign)
+        return super().load_state_dict(_completed(self, state_dict), strict, assign)
+
+
+def load_checked(network: nn.Module, state: Mapping[str, Any]) -> None:
+    """Load weights; what does not fit raises a UserError of a few words that begin with a verb."""
+    network.load_state_dict(_completed(network, state))
+
+
+def _completed(network: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+    # How many batches a normalisation has seen is in no picture's features, and in older files not at all.
+    counted, due = {}, {}
+    for name, value in network.state_dict().items():
+        (counted if name.endswith("num_batches_tracked") else due)[name] = value
+    given = {name: value for name, value in state.items() if name not in counted}
+    _check_weights(given, due)
+    return counted | given
 
 
 def _check_weights(state: dict[str, Any], due: dict[str, Tensor]) -> None:
@@ -224,26 +259,117 @@ def _draw_kernels(inputs: int, outputs: int, generator: torch.Generator) -> Tens
     return kernels.float()
 
 
-EXTRACTORS = {"inception": InceptionExtractor, "random": RandomConvExtractor}
+class ClefExtractor(FeatureExtractor):
+    """The MEDVQA-GI 2024 organisers' features: probabilities of ImageNet's 1000 classes, see `metrics.clef`.
+
+    Its Fréchet distance is "clef_fid", its score "clef_is". The weights are a file of torchvision's InceptionV3, or of
+    another's under its names; the auxiliary classifier is left out.
+    """
+
+    name = "clef"
+    dim = classes = CLASSES
+    resize = "numpy.resize of the flat bytes to 299×299×3"
+    antialias = False
+    input_range = "x / 127.5 - 1"
+
+    def __init__(self, weights: str | None, setting: str = "set evaluation.weights=PATH"):
+        """Raises UserError where there are no such weights."""
+        super().__init__()
+        if weights is None:
+            raise UserError(f"The clef extractor needs a file of InceptionV3's weights for ImageNet: {setting}")
+        path = Path(weights).expanduser()
+        if not path.is_file():
+            raise UserError(f"{path}: no such file of InceptionV3's weights for ImageNet; {setting}")
+        content = path.read_bytes()
+        with torch.random.fork_rng(devices=[]):
+            self.network = Classifier()
+        try:
+            state = {k: v for k, v in read_pickled(io.BytesIO(content)).items() if not k.startswith("AuxLogits.")}
+            load_checked(self.network, state)
+        except UserError as error:
+            raise UserError(f"{path}: not the weights of ImageNet's InceptionV3, it {error}; {setting}") from None
+        except Exception as error:  # a broken file fails in many ways
+            raise UserError(f"{path}: broken, or not the weights of ImageNet's InceptionV3; {setting}") from error
+        self.identity = f"clef-{hashlib.sha256(content).hexdigest()}"
+        self.eval()
+
+    def class_score(self, total: int) -> Metric:
+        return ClefScore(total)
+
+    def _features(self, images: Tensor) -> Features:
+        probabilities = self.network(flat_resized(images).float() / 127.5 - 1)
+        return Features(probabilities, probabilities)
+
+
+class TransformersExtractor(FeatureExtractor):
+    """Any vision model of transformers in a local folder, named by its kind and the first 8 digits of its digest."""
+
+    def __init__(self, weights: str | None, setting: str = "set evaluation.weights=PATH"):
+        """Raises UserError where the folder holds no such model."""
+        super().__init__()
+        if weights is None:
+            raise UserError(f"The transformers extractor needs the folder of a vision model: {setting}")
+        folder = Path(weights).expanduser()
+        if not folder.is_dir():
+            raise UserError(f"{folder}: there is no such folder of a vision model; {setting}")
+        digest = vision.folder_digest(folder)
+        self.network, self._processor = vision.load(folder)
+        self.name = f"{vision.model_type(folder)}_{digest[:8]}"
+        self.identity = f"{vision.model_type(folder)}-{digest}"
+        self.resize, self.antialias, self.input_range = vision.described(self._processor)
+        self.eval()
+        self.dim = self(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).pool.shape[1]
+
+    def _features(self, images: Tensor) -> Features:
+        pixels = self._processor(images=list(images), return_tensors="pt")["pixel_values"].to(images.device)
+        return Features(vision.features(self.network, pixels), None)
+
+
+EXTRACTORS: dict[str, type[FeatureExtractor]] = {
+    "inception": InceptionExtractor,
+    "random": RandomConvExtractor,
+    "clef": ClefExtractor,
+    "transformers": TransformersExtractor,
+}
+RESIZES = ("tensorflow", "clean")
 
 
 def build_extractor(
-    name: str, weights: str | None = None, setting: str = "set evaluation.weights=PATH"
+    name: str, weights: str | None = None, setting: str = "set evaluation.weights=PATH", resize: str = "tensorflow"
 ) -> FeatureExtractor:
-    """The extractor `name`, "inception" (from the file `weights`, or None for torch.hub's cache) or "random".
+    """The extractor of that name, from the file or folder `weights`; None is torch.hub's cache, of "inception" alone.
 
-    setting: how messages say that the file is named.
+    setting: how messages say that the file is named. resize: of "inception", one of `RESIZES`.
 
     Raises:
-        UserError: an unknown name, weights for the random extractor, or weights that are missing or do not fit.
+        UserError: an unknown name, weights for the random extractor, a resize for another than "inception", or weights
+            that are missing or do not fit.
     """
-    if name == "inception":
-        return InceptionExtractor(weights, setting)
-    if name != "random":
+    if name not in EXTRACTORS:
         nearest = difflib.get_close_matches(name, EXTRACTORS, n=1, cutoff=0)[0]
         raise UserError(f"There is no feature extractor {name!r}: did you mean {nearest!r}?")
+    if name == "inception":
+        return InceptionExtractor(weights, setting, resize)
+    if resize != "tensorflow":
+        raise UserError(f"The {name} extractor has a resize of its own: leave out {resize}")
+    if name == "clef":
+        return ClefExtractor(weights, setting)
+    if name == "transformers":
+        return TransformersExtractor(weights, setting)
     if weights is not None:
         raise UserError(
             f"The random extractor takes no weights: leave out {weights}, or choose the inception extractor"
         )
     return RandomConvExtractor()
+
+
+def planned_name(name: str, weights: str | None, resize: str = "tensorflow") -> str:
+    """What `build_extractor` would name the extractor, without building it; raises UserError for a broken folder."""
+    if name == "inception":
+        path = Path(weights).expanduser() if weights else inception_path()
+        digest = sha256_of(path) if path.is_file() else inception_path().stem.rpartition("-")[2]
+        return _inception_name(digest, resize == "clean")
+    if name == "transformers" and weights is not None:
+        folder = Path(weights).expanduser()
+        return f"{vision.model_type(folder)}_{vision.folder_digest(folder)[:8]}"
+    return name

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torchmetrics import Metric
 
 from medsynth.errors import UserError
 from metrics.extractors import FeatureExtractor
 from metrics.features import FeatureStatistics
 from metrics.frechet import frechet_distance
-from metrics.inception_score import InceptionScore
-from metrics.kernel import full_kernel_distance, kernel_distance
+from metrics.kernel import cmmd, full_kernel_distance, kernel_distance
 from metrics.manifold import density_coverage, precision_recall
 
 _NEIGHBOURS = 5  # of density and coverage
@@ -30,9 +30,19 @@ def score_names(extractor: str, has_logits: bool) -> list[str]:
     else:
         before, behind, fd, kd = "", f"_{extractor}", "fd", "kd"
     kinds = [fd, kd, f"{kd}_std", f"{kd}_full", "precision", "recall", "f1", "density", "coverage"]
+    kinds += ["cmmd"] if is_clip(extractor) else []
     kinds += ["isc", "isc_std"] if has_logits else []
     named = [(kind.removesuffix("_std"), "_std" if kind.endswith("_std") else "") for kind in kinds]
-    return [f"{before}{name}{behind}{spread}" for name, spread in named]
+    names = [f"{before}{name}{behind}{spread}" for name, spread in named]
+    if extractor != "clef":
+        return names
+    theirs = {"fd_clef": "clef_fid", "isc_clef": "clef_is", "isc_clef_std": "clef_is_std"}
+    return [*(theirs.get(name, name) for name in names), "clef_is_median"]
+
+
+def is_clip(extractor: str) -> bool:
+    """Whether an extractor of that name gives embeddings of CLIP, by which CMMD compares."""
+    return extractor.partition("_")[0] == "clip"
 
 
 class GenerationMetrics(nn.Module):
@@ -64,7 +74,7 @@ class GenerationMetrics(nn.Module):
         self.extractor = extractor
         self.real = FeatureStatistics(extractor.dim, total_real, max_bank, "real pictures")
         self.fake = FeatureStatistics(extractor.dim, total_fake, max_bank, "generated pictures")
-        self.inception_score = InceptionScore(total_fake, extractor.classes) if extractor.has_logits else None
+        self.class_score = extractor.class_score(total_fake)
         self._real_state: dict[str, Tensor] | None = None
 
     def update_real(self, images: Tensor | Sequence[Tensor], indices: Tensor) -> None:
@@ -82,12 +92,12 @@ class GenerationMetrics(nn.Module):
 
     def update_fake(self, images: Tensor | Sequence[Tensor], indices: Tensor) -> None:
         """Add generated pictures, likewise, with `indices` as in `update_real`, 0 … total_fake-1."""
-        self._update(self.fake, self.inception_score, images, indices)
+        self._update(self.fake, self.class_score, images, indices)
 
     def _update(
         self,
         statistics: FeatureStatistics,
-        score: InceptionScore | None,
+        score: Metric | None,
         images: Tensor | Sequence[Tensor],
         indices: Tensor,
     ) -> None:
@@ -119,9 +129,10 @@ class GenerationMetrics(nn.Module):
         enough = len(real_features) > _NEIGHBOURS
         spread = density_coverage(real_features, fake["features"], _NEIGHBOURS) if enough else (None, None)
         values = [distance, kernel, kernel_std, full, *precision_recall(real_features, fake["features"]), *spread]
-        if self.inception_score is not None:
-            values += [score.item() for score in self.inception_score.compute()]
-        names = score_names(self.extractor.name, self.inception_score is not None)
+        values += [cmmd(real_features, fake["features"])] if is_clip(self.extractor.name) else []
+        if self.class_score is not None:
+            values += [score.item() for score in self.class_score.compute()]
+        names = score_names(self.extractor.name, self.class_score is not None)
         scores = {name: value for name, value in zip(names, values, strict=True) if value is not None}
         if unknown := [name for name, value in scores.items() if not math.isfinite(value)]:
             raise UserError(f"{', '.join(unknown)} came out as no finite number: look at the extractor's weights")
@@ -130,8 +141,8 @@ class GenerationMetrics(nn.Module):
     def reset_fake(self) -> None:
         """Forget the generated pictures; the real ones stay."""
         self.fake.reset()
-        if self.inception_score is not None:
-            self.inception_score.reset()
+        if self.class_score is not None:
+            self.class_score.reset()
 
     def real_state(self) -> dict[str, Tensor]:
         """All that is known of the real set over all processes, as `FeatureStatistics.compute` gives it, for a file.

@@ -27,6 +27,7 @@ BETTER: dict[str, Callable] = {
     "clef_is": max,
     "kid": min,
     "kd": min,
+    "cmmd": min,
     "precision": max,
     "recall": max,
     "f1": max,

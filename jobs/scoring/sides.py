@@ -1,5 +1,6 @@
 """The two sides of a score, real and generated pictures, read by one protocol."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,9 +29,11 @@ class Sides:
 
 
 def open_sides(
-    like: Path | None, real: Path | None, fake: Path, reading: Reading, extractor: str, weights: str | None
+    like: Path | None, real: Path | None, fake: Path, reading: Reading, features: Mapping[str, str | None]
 ) -> Sides:
     """Both sides as the options have them, or `like` a run, whose real pictures are those without `real`.
+
+    features: of the extractor, `extractor`, `weights` and `resize`, None where one was not given.
 
     Raises:
         UserError: folders, pictures, weights or the run are not what they should be.
@@ -39,9 +42,11 @@ def open_sides(
         return _like_a_run(like, real, fake)
     assert real is not None
     reals, fakes = ScoredFolder(real, reading), ScoredFolder(fake, reading)
-    network = build_extractor(extractor, weights, SETTING)
+    name = features["extractor"] or "inception"
+    network = build_extractor(name, features["weights"], SETTING, features["resize"] or "tensorflow")
     real_sizes, fake_sizes = reals.sizes(), fakes.sizes()
-    reading.resolution = reading.resolution or side_of(fake_sizes)
+    if network.name != "clef":  # the organisers take pictures as they lie
+        reading.resolution = reading.resolution or side_of(fake_sizes)
     counted = {"reference": "folder", "split_seed": None, "real": len(reals), "fake": len(fakes), "bank": MAX_BANK}
     protocol = protocol_of(network, reading.facts(), **counted)
     notes = [*reals.notes, *fakes.notes, *said_of_sizes(real_sizes, fake_sizes, reading.resolution, reading.square)]

@@ -31,6 +31,7 @@ CHOICES |= {"data.paraphrase_strategy", "model.sampler.name", "model.optim.name"
 CHOICES |= {"model.prediction"}
 CHOICES |= {"hardware.accelerator", "hardware.strategy", "hardware.precision", "checkpoint.mode", "checkpoint.on_error"}
 CHOICES |= {"model.noise.schedule", "model.noise.zero_terminal_snr", "evaluation.extractor", "evaluation.reference"}
+CHOICES |= {"evaluation.resize"}
 TIED = {"data.resolution", "model.resolution", "train.global_batch_size", "train.device_batch_size"}
 TIED |= {"hardware.devices", "hardware.nodes", "model.noise.beta_start", "model.noise.beta_end", "checkpoint.monitor"}
 TIED |= {"model.noise.steps", "model.sampler.steps", "evaluation.steps", "evaluation.images"}

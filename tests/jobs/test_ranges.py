@@ -17,6 +17,7 @@ from jobs.run.registry import DATA, METHODS
 from medsynth.errors import UserError
 from medsynth.ranges import Range, choice, number, numbers
 from metrics.extractors import build_extractor
+from metrics.paired import PAIRED
 from metrics.suite import GenerationMetrics
 from tests.conftest import REPOSITORY
 
@@ -143,11 +144,11 @@ def test_values_that_do_not_go_together_are_refused_before_anything_is_made(pres
 def test_the_names_of_the_scores_are_those_that_are_computed(paired):
     import torch
 
-    metrics = GenerationMetrics(build_extractor("random"), 4, 4)
-    pictures = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
-    metrics.update_real(pictures, torch.arange(4))
-    metrics.update_fake(pictures.flip(0), torch.arange(4))
-    names = [f"eval/{name}" for name in metrics.compute()] + (["eval/psnr", "eval/ssim"] if paired else [])
+    metrics = GenerationMetrics(build_extractor("random"), 6, 6)
+    pictures = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8)
+    metrics.update_real(pictures, torch.arange(6))
+    metrics.update_fake(pictures.flip(0), torch.arange(6))
+    names = [f"eval/{name}" for name in metrics.compute()] + ([f"eval/{name}" for name in PAIRED] if paired else [])
     assert EvaluationConfig(extractor="random", paired=paired).names() == names
     assert EvaluationConfig(images=0).names() == []
     assert {"eval/fid", "eval/isc"} <= set(EvaluationConfig().names())
