@@ -140,15 +140,6 @@ class Scoring:
             bank=MAX_BANK,
         )
 
-    def metrics(
-        self, data: ImageDataModule, device: torch.device, processes: Processes, total: int
-    ) -> GenerationMetrics:
-        """Metrics that know the real pictures and await `total` generated ones."""
-        reals = data.reference_set(self.config.reference)
-        metrics = GenerationMetrics(self.extractor, len(reals), total).to(device)
-        self._load_reference(data, metrics, reals, processes)
-        return metrics
-
     def score(
         self,
         data: ImageDataModule,
@@ -160,7 +151,27 @@ class Scoring:
 
         checked: what each batch that is drawn goes through first.
         """
-        metrics = self.metrics(data, module.device, processes, self.config.images)
+        metrics, paired = self.fill(data, module, processes, checked)
+        values = metrics.compute() | ({} if paired is None else paired.compute())
+        self.extractor.cpu()  # its memory is training's again
+        return values
+
+    def fill(
+        self,
+        data: ImageDataModule,
+        module: GenerativeModule,
+        processes: Processes,
+        checked: Callable[[Tensor], Tensor] = lambda images: images,
+        keep_logits: bool = False,
+    ) -> tuple[GenerationMetrics, PairedSimilarity | None]:
+        """Draw the run's pictures; the metrics that have seen them, of pairs only where the config asks for them.
+
+        checked: as `score`. keep_logits: as `GenerationMetrics`.
+        """
+        reals = data.reference_set(self.config.reference)
+        total = self.config.images
+        metrics = GenerationMetrics(self.extractor, len(reals), total, keep_logits=keep_logits).to(module.device)
+        self._load_reference(data, metrics, reals, processes)
         paired = PairedSimilarity(self.config.images).to(module.device) if self.config.paired else None
         for rows in turns(processes, self.config.images, self.config.batch_size, "generating"):
             indices = [max(i, 0) for i in rows]  # padding draws picture 0: a sharded model needs every process
@@ -168,9 +179,7 @@ class Scoring:
             metrics.update_fake(images, torch.tensor(rows))
             if paired is not None:
                 paired.update(images, data.paired_pictures(indices), torch.tensor(rows))
-        values = metrics.compute() | ({} if paired is None else paired.compute())
-        self.extractor.cpu()  # its memory is training's again
-        return values
+        return metrics, paired
 
     def draw(self, data: ImageDataModule, module: GenerativeModule, indices: list[int]) -> Tensor:
         """Those of the pictures that are scored: float (n, 3, H, W) in [0, 1]."""

@@ -8,6 +8,7 @@ import click
 from medsynth.errors import UserError
 
 if TYPE_CHECKING:
+    from jobs.scoring.claims import Claims
     from jobs.scoring.folders import Reading
     from metrics.protocol import Protocol
 
@@ -48,10 +49,14 @@ _READING = ("resolution", "square", "sixteen_bit", "window", "extractor", "weigh
 @click.option(
     "--checkpoint", type=click.Choice(["best", "last"]), default="best", show_default=True, help="RUN's weights."
 )
+@click.option(
+    "--by", metavar="COLUMN", help="Score each group too that this column of a CSV file beside both sides has."
+)
+@click.option("--intervals/--no-intervals", default=True, show_default=True, help="Intervals of 95 %, by a jackknife.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1 …")
 def main(
     run_dir: Path | None, like: Path | None, real: Path | None, fake: Path | None, batch_size: int, workers: int,
-    out: Path | None, checkpoint: str, device: str, **given: Any,
+    out: Path | None, checkpoint: str, by: str | None, intervals: bool, device: str, **given: Any,
 ) -> None:  # fmt: skip
     """Score generated pictures against real ones: FID, KID, Inception Score, precision, recall, F1.
 
@@ -62,16 +67,21 @@ def main(
     generated pictures, as training does it; a line says so.
     """
     _check_request(run_dir, like, real, fake, given)
+    if by is not None and (real is None or fake is None):
+        raise UserError(f"--by {by} goes with --real FOLDER --fake FOLDER, each with a CSV file in it or beside it")
+    from jobs.scoring.claims import as_values
     from jobs.scoring.report import check_out, print_scores, write_report
 
     check_out(out)
     if run_dir is not None:
-        scores, protocol, facts = _of_run(run_dir, checkpoint, device)
+        claims, protocol, facts = _of_run(run_dir, checkpoint, device, intervals)
     else:
         assert fake is not None
-        scores, protocol, facts = _of_folders(like, real, fake, given, (batch_size, workers, device))
-    print_scores(scores, protocol)
-    write_report({"scores": scores, "protocol": protocol.as_dict()} | _in_short(protocol) | facts, out)
+        claims, protocol, facts = _of_folders(like, real, fake, given, (batch_size, workers, device), (by, intervals))
+    print_scores(claims, protocol)
+    report = {"scores": claims.scores, "intervals": as_values(claims.intervals), "groups": claims.groups}
+    report |= {"notes": claims.notes, "protocol": protocol.as_dict()}
+    write_report(report | _in_short(protocol) | facts, out)
 
 
 def _check_request(
@@ -96,7 +106,7 @@ def _in_short(protocol: "Protocol") -> dict[str, Any]:
     return {**counts, "extractor": protocol.weights, **said}
 
 
-def _of_run(run_dir: Path, checkpoint: str, device: str) -> "tuple[dict[str, float], Protocol, dict[str, Any]]":
+def _of_run(run_dir: Path, checkpoint: str, device: str, intervals: bool) -> "tuple[Claims, Protocol, dict[str, Any]]":
     """Scores of a run's own pictures, their protocol, and what else the report has."""
     from callbacks.durable import read_manifest
     from jobs.run.folder import find_checkpoint, pick_device
@@ -106,29 +116,42 @@ def _of_run(run_dir: Path, checkpoint: str, device: str) -> "tuple[dict[str, flo
     run = open_run(run_dir)
     step = read_manifest(find_checkpoint(run_dir, checkpoint))["global_step"]
     click.echo(f"{run_dir}: weights of step {step}")
-    return score_run(run, checkpoint, place), run.protocol, {"run": str(run_dir), "step": step}
+    return score_run(run, checkpoint, place, intervals), run.protocol, {"run": str(run_dir), "step": step}
 
 
 def _of_folders(
-    like: Path | None, real: Path | None, fake: Path, given: dict[str, Any], how: tuple[int, int, str]
-) -> "tuple[dict[str, float], Protocol, dict[str, Any]]":
+    like: Path | None, real: Path | None, fake: Path, given: dict[str, Any], how: tuple[int, int, str],
+    wanted: tuple[str | None, bool],
+) -> "tuple[Claims, Protocol, dict[str, Any]]":  # fmt: skip
     """Scores of pictures that are there, likewise."""
     from jobs.run.folder import pick_device
-    from jobs.scoring.folders import described, stream
+    from jobs.scoring.claims import add_groups, claim
+    from jobs.scoring.folders import ScoredFolder, described, stream
+    from jobs.scoring.groups import groups_of
     from jobs.scoring.sides import open_sides
-    from metrics.suite import GenerationMetrics
+    from metrics.suite import MAX_BANK, GenerationMetrics
 
     batch_size, workers, device = how
     sides = open_sides(
         like, real, fake, _reading(given), {key: given[key] for key in ("extractor", "weights", "resize")}
     )
-    metrics = GenerationMetrics(sides.extractor, len(sides.real), len(sides.fake)).to(pick_device(device))
+    by, intervals = wanted
+    counts = len(sides.real), len(sides.fake)
+    if by and max(counts) > MAX_BANK:
+        raise UserError(
+            f"--by {by} takes at most {MAX_BANK} pictures a side, not {max(counts)}: score folder by folder"
+        )
+    groups = [groups_of(side, by) for side in (sides.real, sides.fake) if by and isinstance(side, ScoredFolder)]
+    metrics = GenerationMetrics(sides.extractor, *counts, keep_logits=bool(by) or intervals).to(pick_device(device))
     for line in sides.notes:
         click.echo(line)
     stream(sides.real, metrics.update_real, "real", batch_size, workers)
     stream(sides.fake, metrics.update_fake, "generated", batch_size, workers)
     facts = {name: described(sizes) for name, sizes in sides.sizes.items()}
-    return metrics.compute(), sides.protocol, facts
+    claims = claim(metrics, intervals)
+    if by:
+        add_groups(claims, metrics, *groups)
+    return claims, sides.protocol, facts
 
 
 def _reading(given: dict[str, Any]) -> "Reading":

@@ -22,8 +22,8 @@ class PairedSimilarity(Metric):
     pixels, standard deviation 1.5: at every pixel, borders mirrored, and only where the whole window lies in the
     picture, as the paper defines it; both are means over the pictures.
 
-    States: `sums` (4,), float64, over the pictures: PSNR, SSIM, SSIM of whole windows, mean squared error; `seen`
-    (total,), int32, how often each picture came.
+    States: `sums` and `squares` (4,), float64, over the pictures, of PSNR, SSIM, SSIM of whole windows and mean squared
+    error, and of their squares; `seen` (total,), int32, how often each picture came.
     """
 
     full_state_update = False
@@ -32,6 +32,7 @@ class PairedSimilarity(Metric):
         """`total` pairs over all processes."""
         super().__init__(dist_sync_fn=all_reduce)
         self.add_state("sums", torch.zeros(4, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("squares", torch.zeros(4, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("seen", torch.zeros(total, dtype=torch.int32), dist_reduce_fx="sum")
 
     def update(self, images: Tensor, reals: Tensor, indices: Tensor) -> None:
@@ -60,7 +61,8 @@ class PairedSimilarity(Metric):
         whole = everywhere[..., _MARGIN:-_MARGIN, _MARGIN:-_MARGIN].mean(dim=(1, 2, 3))
         error = (ours - theirs).square().mean(dim=(1, 2, 3))
         # Nothing in place: a state made under inference_mode could not be changed outside it.
-        self.sums = self.sums + torch.stack([psnr.sum(), ssim.sum(), whole.sum(), error.sum()])
+        values = torch.stack([psnr, ssim, whole, error])
+        self.sums, self.squares = self.sums + values.sum(dim=1), self.squares + values.square().sum(dim=1)
         ones = torch.ones_like(indices[scored], dtype=torch.int32)
         self.seen = self.seen.index_add(0, indices[scored], ones)
 
@@ -77,3 +79,15 @@ class PairedSimilarity(Metric):
         psnr, ssim, whole, error = (self.sums / len(self.seen)).tolist()
         pooled = -10 * math.log10(error) if error else math.inf
         return dict(zip(PAIRED, (psnr, pooled, ssim, whole), strict=True))
+
+    def errors(self) -> dict[str, float]:
+        """The standard errors of the finite scores: deviation over the pictures / √n; of pooled PSNR to first order.
+
+        For one process, with pairs that have all come.
+        """
+        n = len(self.seen)
+        mean = self.sums / n
+        psnr, ssim, whole, error = ((self.squares / n - mean.square()).clamp(min=0) / max(n - 1, 1)).sqrt().tolist()
+        pooled = 10 / math.log(10) * error / mean[3].item() if mean[3] else math.nan
+        found = dict(zip(PAIRED, (psnr, pooled, ssim, whole), strict=True))
+        return {name: value for name, value in found.items() if math.isfinite(value)}

@@ -40,6 +40,12 @@ def score_names(extractor: str, has_logits: bool) -> list[str]:
     return [*(theirs.get(name, name) for name in names), "clef_is_median"]
 
 
+def infinity_name(extractor: str) -> str:
+    """The name of the extrapolated Fréchet distance with an extractor of that name."""
+    name = score_names(extractor, False)[0]
+    return name.replace("fd_", "fd_inf_", 1) if name.startswith("fd_") else f"{name}_inf"
+
+
 def is_clip(extractor: str) -> bool:
     """Whether an extractor of that name gives embeddings of CLIP, by which CMMD compares."""
     return extractor.partition("_")[0] == "clip"
@@ -61,8 +67,17 @@ class GenerationMetrics(nn.Module):
     left out of fewer than 6 real pictures.
     """
 
-    def __init__(self, extractor: FeatureExtractor, total_real: int, total_fake: int, max_bank: int = MAX_BANK):
+    def __init__(
+        self,
+        extractor: FeatureExtractor,
+        total_real: int,
+        total_fake: int,
+        max_bank: int = MAX_BANK,
+        keep_logits: bool = False,
+    ):
         """`total_real` and `total_fake` pictures over all processes.
+
+        keep_logits: keep those of each generated picture for `part`, 4 bytes each; of one process alone.
 
         Raises:
             UserError: too few pictures to score.
@@ -76,6 +91,7 @@ class GenerationMetrics(nn.Module):
         self.fake = FeatureStatistics(extractor.dim, total_fake, max_bank, "generated pictures")
         self.class_score = extractor.class_score(total_fake)
         self._real_state: dict[str, Tensor] | None = None
+        self._logits = torch.zeros(total_fake, extractor.classes) if keep_logits and extractor.has_logits else None
 
     def update_real(self, images: Tensor | Sequence[Tensor], indices: Tensor) -> None:
         """Add real pictures, uint8 (n, 3, H, W), or n of (3, H, W) where their sizes differ.
@@ -113,6 +129,8 @@ class GenerationMetrics(nn.Module):
         statistics.update(features.pool, indices[scored])
         if score is not None:
             score.update(features.logits, indices[scored])
+            if self._logits is not None and features.logits is not None:
+                self._logits[indices[scored].cpu()] = features.logits.cpu()
 
     def compute(self) -> dict[str, float]:
         """Every score by its name, each finite. All processes call it together.
@@ -137,6 +155,30 @@ class GenerationMetrics(nn.Module):
         if unknown := [name for name, value in scores.items() if not math.isfinite(value)]:
             raise UserError(f"{', '.join(unknown)} came out as no finite number: look at the extractor's weights")
         return scores
+
+    def banks(self) -> tuple[Tensor, Tensor]:
+        """Features of the real and of the generated pictures, float32 (n, dim): of as many as the bank holds."""
+        return self.real_state()["features"], self.fake.compute()["features"]
+
+    def whole(self) -> bool:
+        """Whether the bank holds all pictures of both sides."""
+        return all(len(bank) == side.total for bank, side in zip(self.banks(), (self.real, self.fake), strict=True))
+
+    def part(self, real: Tensor, fake: Tensor) -> dict[str, float]:
+        """The scores of some of the pictures, by int64 rows of each side; the bank holds them all, and their logits.
+
+        Raises:
+            UserError: these are too few to score.
+        """
+        pools = [bank[rows] for bank, rows in zip(self.banks(), (real, fake), strict=True)]
+        metrics = GenerationMetrics(self.extractor, len(real), len(fake))
+        for side, pool in zip((metrics.real, metrics.fake), pools, strict=True):
+            side.to(pool.device).update(pool, torch.arange(len(pool), device=pool.device))
+        if metrics.class_score is not None and self._logits is not None:
+            metrics.class_score.update(self._logits[fake], torch.arange(len(fake)))
+        else:
+            metrics.class_score = None
+        return metrics.compute()
 
     def reset_fake(self) -> None:
         """Forget the generated pictures; the real ones stay."""

@@ -11,6 +11,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from jobs.scoring.claims import Claims
 from medsynth.errors import UserError
 from medsynth.files import write_whole
 from metrics.protocol import Protocol
@@ -29,13 +30,31 @@ _WHAT = {
 }
 
 
-def print_scores(scores: dict[str, float], protocol: Protocol) -> None:
-    """The table of scores, and in a line below by what they are scores."""
-    table = Table("metric", "value", "", box=None)
-    for name, value in scores.items():
-        table.add_row(name, f"{value:.6g}", _WHAT.get(name.split("_")[0], "") if not name.endswith("_std") else "")
+def print_scores(claims: Claims, protocol: Protocol) -> None:
+    """The table of scores, of the groups, and below what belongs to them and by what they are scores."""
+    table = Table("metric", "value", "95 %" if claims.intervals else "", "", box=None)
+    for name, value in claims.scores.items():
+        found = claims.intervals.get(name)
+        reach = f"{found.low:.4g} … {found.high:.4g}" if found else ""
+        what = _WHAT.get(name.split("_")[0], "") if not name.endswith("_std") else ""
+        table.add_row(name, f"{value:.6g}", reach, what)
     Console().print(table)
+    if claims.groups:
+        _print_groups(claims.groups)
+    for note in claims.notes:
+        click.echo(note)
     click.echo(f"protocol {protocol.digest}: {protocol}")
+
+
+def _print_groups(groups: dict[str, dict[str, float]]) -> None:
+    shown = list(dict.fromkeys(name for scores in groups.values() for name in scores))
+    table = Table("score", *groups, box=None)
+    for name in shown:
+        table.add_row(name, *(f"{scores[name]:.5g}" if name in scores else "" for scores in groups.values()))
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(80, console.measure(table, options=console.options.update(width=10_000)).maximum)
+    console.print(table)
 
 
 def check_out(out: Path | None) -> None:
@@ -78,7 +97,10 @@ def _as_csv(report: dict[str, Any]) -> str:
     protocol = {key: value for key, value in report["protocol"].items() if key != "versions"}
     versions = {f"version.{name}": value for name, value in report["protocol"]["versions"].items()}
     facts = {f"protocol.{key}": value for key, value in protocol.items()} | versions
-    rows.writerow(["score", "value", *facts])
-    for name, value in report["scores"].items():
-        rows.writerow([name, repr(value), *("" if each is None else each for each in facts.values())])
+    rows.writerow(["group", "score", "value", "low", "high", *facts])
+    told = ["" if each is None else each for each in facts.values()]
+    for group, scores in {"": report["scores"], **report["groups"]}.items():
+        for name, value in scores.items():
+            low, high, *_ = ("", "") if group else report["intervals"].get(name, ("", ""))
+            rows.writerow([group, name, repr(value), low, high, *told])
     return table.getvalue()

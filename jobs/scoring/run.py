@@ -13,7 +13,9 @@ from callbacks.scoring import Alone, Scoring
 from datamodules.base import ImageDataModule
 from jobs.run.config import instantiate
 from jobs.run.folder import build_source, load_run, read_config
+from jobs.scoring.claims import Claims, claim
 from medsynth.errors import UserError
+from metrics.intervals import interval
 from metrics.protocol import Protocol
 
 _MIXED = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
@@ -52,11 +54,18 @@ def open_run(run_dir: Path) -> ScoredRun:
     return run
 
 
-def score_run(run: ScoredRun, checkpoint: str, device: torch.device) -> dict[str, float]:
+def score_run(run: ScoredRun, checkpoint: str, device: torch.device, intervals: bool) -> Claims:
     """Draw the pictures that training scored, with the weights of a checkpoint, and score them likewise."""
     module, config = load_run(run.folder, checkpoint, as_trained=True)
     with torch.no_grad(), _precision(config.hardware.precision, device):
-        return run.scoring.score(run.data, module.to(device), Alone())
+        metrics, paired = run.scoring.fill(run.data, module.to(device), Alone(), keep_logits=True)
+        claims = claim(metrics, intervals)
+    if paired is not None:
+        values, freedom = paired.compute(), run.scoring.config.images - 1
+        claims.scores |= values
+        errors = paired.errors() if intervals and freedom else {}
+        claims.intervals |= {name: interval(values[name], error, freedom) for name, error in errors.items()}
+    return claims
 
 
 def _precision(name: str, device: torch.device) -> AbstractContextManager[Any]:

@@ -63,6 +63,20 @@ def test_both_are_the_means_over_pictures_of_their_definitions():
     assert score().compute() == pytest.approx(expected, rel=1e-6)
 
 
+def test_errors_are_those_of_means():
+    each = []
+    for i in range(TOTAL):
+        one = PairedSimilarity(1)
+        one.update(*(pictures[i : i + 1] for pictures in pairs()), torch.tensor([0]))
+        each.append(one.compute())
+    errors = score().errors()
+    for name in ("psnr", "ssim", "ssim_whole"):
+        assert errors[name] == pytest.approx(np.std([v[name] for v in each], ddof=1) / TOTAL**0.5, rel=1e-6)
+    mse = np.array([10 ** (-v["psnr"] / 10) for v in each])
+    expected = 10 / np.log(10) * mse.std(ddof=1) / TOTAL**0.5 / mse.mean()
+    assert errors["psnr_pooled"] == pytest.approx(expected, rel=1e-6)
+
+
 def test_both_rules_of_the_border_are_public_libraries():
     """scikit-image keeps whole windows only; piq's pictures of it are of whole windows too."""
     skimage, piq = pytest.importorskip("skimage.metrics"), pytest.importorskip("piq")

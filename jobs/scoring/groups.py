@@ -1,0 +1,51 @@
+"""The group of each picture of a folder, out of a table beside it."""
+
+from pathlib import Path
+
+from datamodules.files.tables import read_table
+from datamodules.files.walk import PictureFolder
+from jobs.scoring.folders import ScoredFolder
+from medsynth.errors import UserError
+
+_FILES = ("file", "file_name", "filename", "Filename", "image", "Image", "Image Index")
+"""What columns of file names are called."""
+
+
+def groups_of(folder: ScoredFolder, column: str) -> list[str | None]:
+    """What `column` says of each picture, in the folder's order; None of those that the table does not name.
+
+    The table is the one CSV file with that column and one of file names, in the folder or beside it.
+
+    Raises:
+        UserError: there is no such table, or several, or it cannot be read.
+    """
+    table, files = _find(folder.folder, column)
+    names = PictureFolder(folder.folder, dicom=True)
+    found = read_table(table, [files, column], "--by")
+    if found.faults:
+        raise UserError(found.report("mend the table"))
+    said: dict[Path, str] = {}
+    for row in found.rows.values():
+        path = folder.folder / names.find(row[files])
+        if said.setdefault(path, row[column]) != row[column]:
+            raise UserError(f"{table}: {row[files]} is in two groups, {said[path]} and {row[column]}")
+    return [said.get(path) for path in folder.paths]
+
+
+def _find(folder: Path, column: str) -> tuple[Path, str]:
+    """The table and its column of file names."""
+    for place in (folder, folder.resolve().parent):
+        found = []
+        for path in sorted(place.glob("*.csv")):
+            with path.open(encoding="utf-8-sig", errors="replace") as file:
+                header = file.readline(65536).rstrip("\r\n")
+            cells = [cell.strip().strip('"') for cell in header.split(";" if ";" in header else ",")]
+            files = [name for name in _FILES if name in cells]
+            found += [(path, files[0])] if column in cells and files else []
+        if len(found) > 1:
+            raise UserError(f"--by {column}: {found[0][0]} and {found[1][0]} both have it; keep one of them there")
+        if found:
+            return found[0]
+    raise UserError(
+        f"--by {column}: no CSV file in {folder} or beside it has that column and one of {', '.join(_FILES)}"
+    )
