@@ -211,7 +211,7 @@ class KandinskyDecoder(KandinskyPrior):
             return
         prior = module.prior
         self.image_encoder = self._frozen(prior.load_image_encoder().encoder, prior.image_encoder.encoder)
-        self.movq = self._frozen(module._load_movq(), module.movq)
+        self.movq = self._frozen(module.load_movq(), module.movq)
 
     def loss(self, batch: dict[str, Tensor], draws: Draws) -> Tensor:
         latents, embeddings = self._seen(batch)

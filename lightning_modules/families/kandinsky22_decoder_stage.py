@@ -1,24 +1,23 @@
 """The second stage of Kandinsky 2.2: from the embedding of a picture to the picture. And both stages together."""
 
-import inspect
-import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from diffusers import KandinskyV22Pipeline
-from diffusers.models import UNet2DConditionModel, VQModel
+from diffusers.models import UNet2DConditionModel
 from torch import Tensor, nn
 
 from datamodules.batches import Conditions, ImageBatch
-from lightning_modules.base import to_image_range, to_model_range
-from lightning_modules.families.kandinsky22 import KEY, Kandinsky22, Kandinsky22Config, paper_sampler
+from lightning_modules.base import to_image_range
+from lightning_modules.families.kandinsky import KEY, MovqLatents
+from lightning_modules.families.kandinsky22 import Kandinsky22, Kandinsky22Config, paper_sampler
 from lightning_modules.families.kandinsky22_prior_stage import PriorStage
-from lightning_modules.families.latent_diffusion import SAMPLERS, Context, Denoised, NoiseConfig, SamplerConfig, guided
+from lightning_modules.families.latent_diffusion import Context, Denoised, NoiseConfig, SamplerConfig, guided
 from lightning_modules.maths.diffusion import SampleRandom, to_original
 from lightning_modules.parts.kandinsky22_folder import DecoderFolder
-from lightning_modules.parts.kandinsky22_shape import random_movq, random_unet
+from lightning_modules.parts.kandinsky22_shape import random_unet
 from medsynth.errors import UserError
 
 
@@ -48,43 +47,27 @@ def require_decoder_sampler(key: str, sampler: SamplerConfig) -> None:
         raise UserError(f"{key}.name=lcm: Kandinsky's decoder is no consistency model; take ddpm, ddim or dpm++")
 
 
-class DecoderStage(Kandinsky22):
-    """From the embedding of a picture to the picture: a U-Net that predicts noise and variance in MoVQ's latents.
-
-    Latents (n, 4, H/8, W/8) are MoVQ's own before its codebook, not scaled.
-    """
+class DecoderStage(MovqLatents, Kandinsky22):
+    """From the embedding of a picture to the picture: a U-Net that predicts noise and variance in MoVQ's latents."""
 
     config: DecoderStageConfig
-    part = "unet"
-    Folder = DecoderFolder
+    Folder: ClassVar[type[DecoderFolder]] = DecoderFolder
 
     def build(self) -> None:
         self.check_folder()
-        self._check_resolution()
+        self.check_resolution(self.factor)  # the pipeline makes latents of no other sides
         if self.is_random or self.key == KEY:
             self.unet = self.load_part()
         else:
             self.unet = self.folder.load("unet", self.frozen_dtype)
         if self.config.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
-        self.movq = self._load_movq(self.frozen_dtype)
-        if self.cached:
-            self.movq.encoder = self.movq.quant_conv = None  # sampling decodes, nothing encodes
+        self.take_movq()
 
     def load_part(self) -> UNet2DConditionModel:
         if self.is_random:
-            return random_unet(self.config.architecture, self.config.resolution // self._factor())
+            return random_unet(self.config.architecture, self.config.resolution // self.factor)
         return self.folder.load("unet")
-
-    def encode_moments(self, images: Tensor) -> Tensor:
-        mean = self.movq.encode(to_model_range(images).to(self.movq.dtype)).latents.float()
-        return torch.cat([mean, torch.full_like(mean, -torch.inf)], dim=1)  # an encoder without spread
-
-    def normalise(self, moments: Tensor, noise: Tensor) -> Tensor:
-        return moments.chunk(2, dim=1)[0]
-
-    def decode(self, latents: Tensor) -> Tensor:
-        return self.movq.decode(latents.to(self.movq.dtype), force_not_quantize=True).sample
 
     def embed(self, captions: list[str]) -> Context:
         """What the U-Net is told without a picture; of words it is told nothing."""
@@ -103,15 +86,8 @@ class DecoderStage(Kandinsky22):
         assert embeddings is not None, "only a stage that has an image encoder learns"
         return embeddings
 
-    def encoder_digest(self) -> str:
-        return self.described(self.weights.digest("movq"))
-
     def text_digest(self) -> str | None:
         return None  # a cache need hold no text: training reads none
-
-    def latent_shape(self) -> tuple[int, ...]:
-        side = self.config.resolution // self._factor()
-        return self.movq.config.latent_channels, side, side
 
     def latent_losses(self, z_0: Tensor, random: SampleRandom, batch: ImageBatch) -> dict[str, Tensor]:
         """The error of the predicted noise; the predicted variance is left as it was learned."""
@@ -137,34 +113,12 @@ class DecoderStage(Kandinsky22):
         return self.unet(z_t, t, encoder_hidden_states=None, added_cond_kwargs=told).sample
 
     def scheduler_options(self) -> dict[str, Any]:
-        name = self.config.sampler.name
-        taken = inspect.signature(SAMPLERS[name].__init__).parameters
-        clipping = {key: value for key, value in self.clipping().items() if key in taken}
-        learned = {"variance_type": "learned_range"} if name == "ddpm" else {}
-        return super().scheduler_options() | clipping | learned
+        learned = {"variance_type": "learned_range"} if self.config.sampler.name == "ddpm" else {}
+        return super().scheduler_options() | learned
 
     def export_pipeline(self, directory: Path, network: nn.Module) -> None:
-        pipeline = KandinskyV22Pipeline(unet=network, movq=self._load_movq(), scheduler=self.scheduler())
+        pipeline = KandinskyV22Pipeline(unet=network, movq=self.load_movq(), scheduler=self.scheduler())
         pipeline.save_pretrained(directory)
-
-    def _load_movq(self, dtype: torch.dtype = torch.float32) -> VQModel:
-        return random_movq(self.config.architecture) if self.is_random else self.folder.load("movq", dtype)
-
-    def _factor(self) -> int:
-        """Pixels of a latent's side."""
-        shape = self.config.architecture
-        widths = shape.movq_widths if self.is_random else self.folder.config("movq")["block_out_channels"]
-        return 2 ** (len(widths) - 1)
-
-    def _check_resolution(self) -> None:
-        shape = self.config.architecture
-        widths = shape.unet_widths if self.is_random else self.folder.config("unet")["block_out_channels"]
-        # The second: diffusers' pipeline makes latents of no other sides.
-        factor = math.lcm(self._factor() * 2 ** (len(widths) - 1), self._factor() ** 2)
-        side = self.config.resolution
-        if side < factor or side % factor:
-            near = max(factor, round(side / factor) * factor)
-            raise UserError(f"model.resolution={side}: must be a multiple of {factor}, for instance {near}")
 
 
 def require_same_width(prior: PriorStage, decoder: DecoderStage) -> None:

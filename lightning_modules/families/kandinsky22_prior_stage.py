@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import KandinskyV22PriorPipeline, PriorTransformer, UnCLIPScheduler
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers import CLIPImageProcessor
 
 from datamodules.batches import ImageBatch
-from lightning_modules.families.kandinsky22 import KEY, Kandinsky22, Kandinsky22Config, paper_sampler
+from lightning_modules.families.kandinsky import KEY
+from lightning_modules.families.kandinsky22 import Kandinsky22, Kandinsky22Config, paper_sampler
 from lightning_modules.families.latent_diffusion import Context, Denoised, NoiseConfig, SamplerConfig, guided
 from lightning_modules.maths.diffusion import SampleRandom
 from lightning_modules.parts.image_prompt import ImageEncoder
@@ -61,7 +62,7 @@ class PriorStage(Kandinsky22):
     config: PriorStageConfig
     prediction = "sample"
     part = "prior"
-    Folder = PriorFolder
+    Folder: ClassVar[type[PriorFolder]] = PriorFolder
 
     def build(self) -> None:
         self.check_folder()

@@ -1,17 +1,25 @@
 """LoRA, DoRA and rsLoRA on any network through peft: attach, merge, export."""
 
+import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Optional
 
+import torch
 from diffusers.utils.peft_utils import recurse_remove_peft_layers
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from medsynth.errors import UserError
 from medsynth.ranges import choice, number
 
 KINDS = ("lora", "dora", "rslora")
+ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+"""File of an update in diffusers' layout."""
+PEFT_FILE = "adapter_model.safetensors"
+"""The same in peft's."""
 _NAME = "default"
 
 
@@ -34,7 +42,8 @@ class AdapterConfig:
 def attach(network: nn.Module, config: AdapterConfig, key: str) -> None:
     """Put an update beside each target layer of `network`, in place; only the updates require gradients then.
 
-    key: the config key of the adapter. B starts at zero, so that nothing changes before training.
+    key: the config key of the adapter. B starts at zero, so that nothing changes before training. Updates are float32,
+    whatever type the network is held in.
 
     Raises:
         UserError: no layer of that name; or one of a kind that has no low-rank update.
@@ -47,6 +56,9 @@ def attach(network: nn.Module, config: AdapterConfig, key: str) -> None:
             f"{key}.targets={config.targets}: {str(error).splitlines()[0]} The linear layers here end in: "
             f"{', '.join(linear)}"
         ) from None
+    for layer in network.modules():
+        if isinstance(layer, BaseTunerLayer):
+            _widen(layer)
 
 
 def adapter_state(network: nn.Module) -> dict[str, Tensor]:
@@ -63,6 +75,25 @@ def adapter_metadata(config: AdapterConfig) -> dict:
     return {key: sorted(value) if isinstance(value, set) else value for key, value in described.items()}
 
 
+def save_for_diffusers(network: nn.Module, config: AdapterConfig, directory: Path) -> None:
+    """Write the updates as `network.load_lora_adapter(directory, weight_name=ADAPTER_FILE, prefix=None)` reads them."""
+    # The loader takes rank, alpha and kind from here, and without it alpha for the rank.
+    described = {"format": "pt", "lora_adapter_metadata": json.dumps(adapter_metadata(config), sort_keys=True)}
+    save_file(adapter_state(network), directory / ADAPTER_FILE, described)
+
+
+def save_for_peft(network: nn.Module, config: AdapterConfig, directory: Path, source: str) -> None:
+    """Write the updates as `PeftModel.from_pretrained(plain network, directory)` reads them.
+
+    source: what the network was loaded from, for a reader's information.
+    """
+    described = _lora_config(config)
+    described.base_model_name_or_path, described.inference_mode = source, True
+    described.save_pretrained(str(directory))
+    state = {f"base_model.model.{name}": value for name, value in adapter_state(network).items()}
+    save_file(state, directory / PEFT_FILE, {"format": "pt"})
+
+
 def merged(plain: nn.Module, adapted: nn.Module, config: AdapterConfig) -> nn.Module:
     """`plain`, the network as it was before `attach`, float32, with the updates of `adapted` added to its weights."""
     attach(plain, config, "adapter")
@@ -73,6 +104,18 @@ def merged(plain: nn.Module, adapted: nn.Module, config: AdapterConfig) -> nn.Mo
     plain = recurse_remove_peft_layers(plain)
     del plain.peft_config
     return plain
+
+
+def _widen(layer: BaseTunerLayer) -> None:
+    """Bring the update of a layer to float32; DoRA's lengths are measured anew, of half precision they were rounded."""
+    for parameter in layer.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    weight = layer.get_base_layer().weight
+    for vector in getattr(layer, "lora_magnitude_vector", {}).values():
+        if weight.dtype != torch.float32:
+            lengths = vector.get_weight_norm(weight.float(), torch.zeros((), device=weight.device), 1.0)
+            vector.weight.data = lengths.reshape(vector.weight.shape)
 
 
 def _lora_config(config: AdapterConfig) -> LoraConfig:

@@ -62,18 +62,22 @@ class DiffusersFolder:
         """A network, held in `dtype`."""
         return load_network(self.networks[part], self.path / part, self.key, dtype=dtype)
 
+    def can_copy(self, part: str) -> bool:
+        """Whether others read its own files of a part: not where they are in half precision or in pickles."""
+        found = weight_files(self.path / part)
+        return found is None or (found.variant is None and found.safetensors)
+
     def copy(self, part: str, directory: Path) -> None:
         """Put its own files of a part in the place of those that a pipeline wrote into `directory`: the same network,
         and the same digest, by which a cache of what it computes is known.
 
-        Where it is in half precision or in pickles, which others cannot or should not read, what was written stays.
+        Where others cannot or should not read them, what was written stays.
         """
-        source, found = self.path / part, weight_files(self.path / part)
-        if found is not None and (found.variant or not found.safetensors):
+        if not self.can_copy(part):
             return
-        shutil.rmtree(directory / part)
-        (directory / part).mkdir()
-        for file in source.iterdir():
+        shutil.rmtree(directory / part, ignore_errors=True)
+        (directory / part).mkdir(parents=True)
+        for file in (self.path / part).iterdir():
             if file.suffix in _COPIED:
                 shutil.copyfile(file, directory / part / file.name)
 

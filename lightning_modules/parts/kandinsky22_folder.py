@@ -1,59 +1,34 @@
 """The two pipelines of Kandinsky 2.2 in diffusers' layout: what their folders say, and their networks."""
 
 from functools import cached_property
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from diffusers import PriorTransformer, UNet2DConditionModel, VQModel
 from transformers import CLIPVisionModelWithProjection
 
-from lightning_modules.parts.diffusers_folder import DiffusersFolder
+from lightning_modules.parts.adapters import ADAPTER_FILE
 from lightning_modules.parts.image_prompt import load_processor
+from lightning_modules.parts.kandinsky_folder import KandinskyFolder
 from lightning_modules.parts.pretrained import load_network
-from medsynth.errors import UserError
 
 PRIOR_PARTS = ("prior", "image_encoder", "image_processor", "text_encoder", "tokenizer", "scheduler")
 DECODER_PARTS = ("unet", "movq", "scheduler")
-ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 # What must be as wide as the prior's embeddings, by the folder whose config says it.
 _WIDTHS = (("text_encoder", "hidden_size"), ("text_encoder", "projection_dim"), ("image_encoder", "projection_dim"))
 _POSITIONS = r"position_ids$"  # counted anew
 
 
-class Kandinsky22Folder(DiffusersFolder):
-    """What the folders of both stages share. `parts`: the folders within; `other`: a network of the other stage's."""
+class Kandinsky22Folder(KandinskyFolder):
+    """What the folders of both stages share. `other`: a network of the other stage's."""
 
-    parts: ClassVar[tuple[str, ...]]
     other: ClassVar[str]
-    what: ClassVar[str]
-    prediction: ClassVar[str]
-    noise = "Kandinsky's kind"
+    adapter_file = ADAPTER_FILE
 
-    def check_layout(self) -> None:
-        """Raise UserError unless all parts are there, of the right classes, and learned what this stage predicts."""
-        folder = self.path
-        missing = [part for part in self.parts if not (folder / part).is_dir()]
-        if missing and (folder / self.other).is_dir():
-            raise UserError(f"{self.key}: {folder} is the other stage of Kandinsky 2.2: {self.mend}")
-        if missing and (merged := _merged(folder)):
-            raise UserError(f"{self.key}: {folder} {merged}")
-        if missing:
-            raise UserError(
-                f"{self.key}: {folder} has no folder {missing[0]}; it must be {self.what} in diffusers' layout "
-                f"({', '.join(self.parts)})"
-            )
-        self.check_classes()
-        prediction = self.scheduler.config.prediction_type
-        if prediction != self.prediction:
-            raise self.fault("scheduler", f"says prediction_type={prediction}, not {self.prediction}")
-
-    @property
-    def clipping(self) -> dict[str, Any]:
-        """How its scheduler holds an estimated z_0 within bounds, in the words of diffusers' schedulers."""
-        names = ("clip_sample", "clip_sample_range", "thresholding", "dynamic_thresholding_ratio", "sample_max_value")
-        described = self.scheduler.config
-        return {name: described[name] for name in names if described.get(name) is not None}
+    def instead(self) -> str | None:
+        if (self.path / self.other).is_dir():
+            return f"is the other stage of Kandinsky 2.2: {self.mend}"
+        return super().instead()
 
 
 class PriorFolder(Kandinsky22Folder):
@@ -134,16 +109,3 @@ class DecoderFolder(Kandinsky22Folder):
 
 class _NarrowPrior(PriorTransformer):
     _keep_in_fp32_modules = ["clip_mean", "clip_std"]  # diffusers reads it
-
-
-def _merged(folder: Path) -> str | None:
-    """What to name instead of a run, or of an export of low-rank updates, as the end of a sentence."""
-    if (folder / ADAPTER_FILE).is_file():
-        return (
-            "is a low-rank update alone; name that run's export/merged, which model.export_merged=true writes, or the "
-            "pipeline that it was made for"
-        )
-    if (folder / "export").is_dir():
-        inner = folder / "export"
-        return f"is a run; name its export, {inner / 'merged' if (inner / 'merged').is_dir() else inner}"
-    return None

@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 
 import torch
-from diffusers import PriorTransformer, UNet2DConditionModel, VQModel
+from diffusers import PriorTransformer, UNet2DConditionModel
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from lightning_modules.parts.movq import MovqShape
 from lightning_modules.parts.text import TextEncoderConfig
 from lightning_modules.parts.weights import RANDOM, made_here
 from medsynth.errors import UserError
@@ -13,11 +14,10 @@ from medsynth.ranges import number, numbers
 
 TOKENS = 77
 """Tokens of a prompt."""
-_SPATIAL_GROUPS = 32  # of each norm in MoVQ's decoder, fixed in diffusers
 
 
 @dataclass(frozen=True)
-class Kandinsky22Shape:
+class Kandinsky22Shape(MovqShape):
     """Shape of random networks, for tests; pretrained ones bring their own. Defaults: the published networks."""
 
     width: int = number(1280, least=1)
@@ -38,14 +38,6 @@ class Kandinsky22Shape:
     """Decoder: width of the tokens that an image embedding becomes."""
     norm_groups: int = number(32, least=1)
     """Decoder: groups of each group norm."""
-    movq_widths: list[int] = numbers([128, 256, 256, 512], count=(2, None), least=1)
-    """MoVQ: channels of each level, multiples of 32; each but the first halves the picture."""
-    movq_layers: int = number(2, least=1)
-    """MoVQ: residual blocks a level."""
-    movq_codes: int = number(16384, least=1)
-    """MoVQ: vectors of the codebook, through which the decoder's latents do not go."""
-    latent_channels: int = number(4, least=1)
-    """MoVQ: channels of the latents."""
     text_layers: int = number(32, least=0)
     """Text encoder: transformer layers."""
     text_heads: int = number(20, least=1)
@@ -66,15 +58,13 @@ class Kandinsky22Shape:
     """Image encoder: side of a patch, pixels."""
 
     def __post_init__(self):
+        super().__post_init__()
         divides = [(width, self.norm_groups, "norm_groups") for width in self.unet_widths]
         divides += [(width, self.unet_head_width, "unet_head_width") for width in self.unet_widths[1:]]
-        divides += [(width, _SPATIAL_GROUPS, None) for width in self.movq_widths]
         divides += [(self.width, self.text_heads, "text_heads"), (self.vision_width, self.vision_heads, "vision_heads")]
         for width, divisor, name in divides:
-            if width % divisor and name:
-                raise UserError(f"model.architecture.{name}={divisor}: must divide the width {width}")
             if width % divisor:
-                raise UserError(f"model.architecture.movq_widths={self.movq_widths}: must be multiples of {divisor}")
+                raise UserError(f"model.architecture.{name}={divisor}: must divide the width {width}")
 
     def text(self) -> TextEncoderConfig:
         """A random text encoder of this shape."""
@@ -123,22 +113,6 @@ def random_unet(shape: Kandinsky22Shape, sample_size: int) -> UNet2DConditionMod
             down_block_types=("ResnetDownsampleBlock2D",) + ("SimpleCrossAttnDownBlock2D",) * attended,
             mid_block_type="UNetMidBlock2DSimpleCrossAttn",
             up_block_types=("SimpleCrossAttnUpBlock2D",) * attended + ("ResnetUpsampleBlock2D",),
-        )
-
-
-def random_movq(shape: Kandinsky22Shape) -> VQModel:
-    """A MoVQ of that shape, likewise."""
-    plain = len(shape.movq_widths) - 1
-    with made_here():
-        return VQModel(
-            latent_channels=shape.latent_channels,
-            vq_embed_dim=shape.latent_channels,
-            num_vq_embeddings=shape.movq_codes,
-            block_out_channels=tuple(shape.movq_widths),
-            layers_per_block=shape.movq_layers,
-            norm_type="spatial",
-            down_block_types=("DownEncoderBlock2D",) * plain + ("AttnDownEncoderBlock2D",),
-            up_block_types=("AttnUpDecoderBlock2D",) + ("UpDecoderBlock2D",) * plain,
         )
 
 
