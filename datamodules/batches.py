@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 CONTROL_CHANNELS = {"canny": 1, "depth": 1, "mask": 1, "picture": 3}
 """Kinds of picture that steer a generation, and how many channels of `Conditions.control` each has."""
@@ -80,7 +81,7 @@ class ImageBatch(_Rows):
     picture_ids: int64 (n,): the identity of each picture, by which samples of one picture are known, or None.
     latents: float32 (n, 2C, …): posterior mean and log-variance of a frozen encoder, or None.
     image_embeddings: float32 (n, D) that a frozen image encoder made of the same augmented pictures, or None.
-    text_embeddings: float32 (n, L, D) of a frozen text encoder, or None.
+    text_embeddings: float (n, L, D) of a frozen text encoder, in the type that a cache holds them in, or None.
     text_mask: bool (n, L), True on the real tokens of `text_embeddings`, or None.
     """
 
@@ -171,8 +172,23 @@ def undrawn(drawings: list[Drawing]) -> list[Drawing]:
 
 
 def collate(samples: list[ImageBatch]) -> ImageBatch:
-    """One batch of the rows of `samples`, which all have the same fields filled."""
-    return _concatenate(samples)
+    """One batch of the rows of `samples`, which all have the same fields filled; texts are padded to the longest."""
+    return _concatenate(_of_one_length(samples))
+
+
+def _of_one_length(samples: list[ImageBatch]) -> list[ImageBatch]:
+    """The same, texts of different lengths with zeros behind them, which the mask tells from tokens."""
+    texts = [(sample.text_embeddings, sample.text_mask) for sample in samples]
+    given = [(embeddings, mask) for embeddings, mask in texts if embeddings is not None and mask is not None]
+    longest = max((mask.shape[1] for _, mask in given), default=0)
+    if len(given) < len(samples) or all(mask.shape[1] == longest for _, mask in given):
+        return samples
+    padded = []
+    for sample, (embeddings, mask) in zip(samples, given, strict=True):
+        behind = longest - mask.shape[1]
+        text = {"text_embeddings": pad(embeddings, (0, 0, 0, behind)), "text_mask": pad(mask, (0, behind))}
+        padded.append(replace(sample, **text))
+    return padded
 
 
 def _concatenate(rows: list[Any]) -> Any:

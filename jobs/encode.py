@@ -88,9 +88,11 @@ def _build(config: "DictConfig") -> "LatentDiffusion":
     """The module with its encoders."""
     from jobs.run.folder import build_module
     from jobs.run.pretrained import hold
+    from lightning_modules.base import frozen_dtype
     from lightning_modules.families.latent_diffusion import LatentDiffusion
 
     module = build_module(config)
+    module.frozen_dtype = frozen_dtype(config.hardware.precision)  # as training without a cache would hold them
     if not isinstance(module, LatentDiffusion):
         raise UserError(
             f"method={config.method} learns from pictures; only a latent diffusion method has latents to encode"
@@ -248,12 +250,19 @@ class _Encoders:
         return whole | {"row": torch.tensor(row)}
 
     def text(self, captions: list[str]) -> dict[str, Any]:
-        """`embeddings` and `mask` of captions."""
+        """`embeddings` and `mask` of captions; `tokens` and `ends`, where the method reads real tokens alone."""
         import torch
 
         batches = [captions[i : i + self.batch_size] for i in range(0, len(captions), self.batch_size)]
         with torch.no_grad(), self.autocast():
             contexts = [self.module.embed(batch) for batch in batches]
+        if (dtype := self.module.kept_tokens) is not None:
+            rows = (pair for context in contexts for pair in zip(context.embeddings, context.mask, strict=True))
+            texts = [embeddings[real].to(dtype).cpu() for embeddings, real in rows]
+            tokens, ends = torch.cat(texts), torch.tensor([len(text) for text in texts]).cumsum(0)
+            if not tokens.isfinite().all():
+                raise UserError(f"the text encoder gives numbers that {dtype} cannot hold; look at its weights")
+            return {"tokens": tokens, "ends": ends}
         return {
             "embeddings": torch.cat([context.embeddings.float().cpu() for context in contexts]),
             "mask": torch.cat([context.mask.cpu() for context in contexts]),

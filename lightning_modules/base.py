@@ -160,6 +160,10 @@ class GenerativeModule(L.LightningModule, ABC):
         """Networks that training changes without optimising them (a target network), by attribute name: saved too."""
         return {}
 
+    def held_as_loaded(self) -> list[nn.Module]:
+        """Frozen networks that stay in the type that `build` loaded them in, whatever the others are held in."""
+        return []
+
     def sharded_networks(self) -> list[nn.Module]:
         """Networks that fsdp shards, as they are called in a step; each is gathered whole but for its blocks."""
         return list((self.trainable_modules() | self.averaged_modules()).values())
@@ -197,9 +201,10 @@ class GenerativeModule(L.LightningModule, ABC):
         """Hold frozen weights in the type that mixed precision computes in: half the memory, no cast at each step."""
         if dtype == torch.float32:
             return
-        averaged = {id(p) for module in self.averaged_modules().values() for p in module.parameters()}
+        others = [*self.averaged_modules().values(), *self.held_as_loaded()]
+        kept = {id(p) for module in others for p in module.parameters()}
         for parameter in self.parameters():
-            if not parameter.requires_grad and id(parameter) not in averaged:
+            if not parameter.requires_grad and id(parameter) not in kept:
                 parameter.data = parameter.data.to(dtype)
 
     @final

@@ -10,8 +10,10 @@
 Each shard but the last of a part has `shard_rows` rows, and its name ends in the SHA-256 of its bytes. One of n samples
 holds `moments`, float32 (m, 2C, …), posterior means and log-variances, where the method is told them
 `image_embeddings`, float32 (m, D), of the same pictures, and `row`, int64 (n,), which of the m each sample has: samples
-that look the same share one. One of n captions holds `embeddings`, float32 (n, L, D), and `mask`,
-bool (n, L), True on real tokens. The metadata entry `medsynth` is JSON: `plan`, the plan's digest, and `captions`.
+that look the same share one. One of n captions holds `embeddings`, float32 (n, L, D), and `mask`, bool (n, L), True on
+real tokens; where the method reads these alone instead `tokens`, (sum of all lengths, D) in the type that the method
+says, one caption after the other, and `ends`, int64 (n,), where each ends. The metadata entry `medsynth` is JSON:
+`plan`, the plan's digest, and `captions`.
 
 Variant k is the sample as pass k shows it; pass p of training reads variant p mod K. Noise, and the sample drawn from
 the posterior, are anew each pass; for the first K passes all is as it would be without a cache.
@@ -32,6 +34,7 @@ from rich.progress import Progress
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from medsynth.errors import UserError
 from medsynth.files import parse_json, read_object, sha256_of, sync
@@ -235,6 +238,14 @@ class ShardedRows:
         row = int(shard.get_slice("row")[place])
         return {name: shard.get_slice(name)[row] for name in shard.keys() if name != "row"}  # noqa: SIM118
 
+    def tokens(self, index: int) -> Tensor | None:
+        """Tokens (length, D) of caption `index`; None where captions are not kept at their own lengths."""
+        shard, place = self._find(index)
+        if "ends" not in shard.keys():  # noqa: SIM118
+            return None
+        ends = shard.get_slice("ends")
+        return shard.get_slice("tokens")[int(ends[place - 1]) if place else 0 : int(ends[place])]
+
     def _find(self, index: int) -> tuple[Any, int]:
         number, place = divmod(index, self.shard_rows)
         if number not in self._open:
@@ -251,14 +262,20 @@ class CachedText:
         self._places = {caption: place for place, caption in enumerate(captions)}
 
     def __call__(self, captions: list[str]) -> tuple[Tensor, Tensor]:
-        """float32 (n, L, D) embeddings and bool (n, L) masks, on the CPU.
+        """Embeddings (n, L, D) as they are kept, and bool (n, L) masks, on the CPU; of texts at their own lengths L is
+        the longest's, and zeros follow the others.
 
         Raises:
             UserError: a caption was not encoded.
         """
         self.require(captions)
-        rows = [self._rows.read(self._places[caption], "embeddings", "mask") for caption in captions]
-        embeddings, masks = zip(*rows, strict=True)
+        places = [self._places[caption] for caption in captions]
+        tokens = [self._rows.tokens(place) for place in places]
+        own = [text for text in tokens if text is not None]
+        if len(own) == len(places) > 0:
+            lengths = torch.tensor([[len(text)] for text in own])
+            return pad_sequence(own, batch_first=True), torch.arange(int(lengths.max())) < lengths
+        embeddings, masks = zip(*(self._rows.read(place, "embeddings", "mask") for place in places), strict=True)
         return torch.stack(embeddings), torch.stack(masks)
 
     def require(self, captions: list[str]) -> None:

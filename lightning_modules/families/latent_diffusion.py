@@ -174,6 +174,8 @@ class LatentDiffusion(GenerativeModule):
     prediction = "epsilon"  # what the denoiser predicts: epsilon, v_prediction or sample (diffusers' names)
     cached = False  # whether training reads latents from a cache
     guidance_is_input = False  # whether the denoiser takes the guidance itself, and needs no unconditional half
+    # Where the denoiser reads real tokens alone: the type that a cache holds them in, each text at its own length.
+    kept_tokens: torch.dtype | None = None
 
     def __init__(self, config: LatentDiffusionConfig):
         super().__init__(config)
@@ -266,7 +268,7 @@ class LatentDiffusion(GenerativeModule):
         """What the denoiser is told of a training batch, its text from the cache where it travels along."""
         if batch.text_embeddings is None or batch.text_mask is None:
             return self.condition(batch.conditions)
-        return self.steer(Context(batch.text_embeddings, batch.text_mask), batch.conditions)
+        return self.steer(Context(batch.text_embeddings.float(), batch.text_mask), batch.conditions)
 
     def condition(self, conditions: Conditions) -> Context:
         """What the denoiser is told for these conditions; where there are no captions, no words."""

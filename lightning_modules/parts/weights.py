@@ -20,7 +20,7 @@ from medsynth.process import can_write
 RANDOM = "random"
 """The source that means: made here from a fixed seed, nothing to load."""
 _CONFIGS, _SAFE, _PICKLED = {".json", ".txt", ".model"}, ".safetensors", ".bin"
-_HASHED = {".json", ".txt", _SAFE}
+_HASHED = {*_CONFIGS, _SAFE}
 
 
 @contextmanager
