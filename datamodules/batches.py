@@ -173,7 +173,8 @@ def undrawn(drawings: list[Drawing]) -> list[Drawing]:
 
 def collate(samples: list[ImageBatch]) -> ImageBatch:
     """One batch of the rows of `samples`, which all have the same fields filled; texts are padded to the longest."""
-    return _concatenate(_of_one_length(samples))
+    with torch.autocast("cpu", enabled=False):  # which knows no half precision on a CPU
+        return _concatenate(_of_one_length(samples))
 
 
 def _of_one_length(samples: list[ImageBatch]) -> list[ImageBatch]:

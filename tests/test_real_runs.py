@@ -9,11 +9,13 @@ import torch
 from PIL import Image
 
 from datamodules.batches import collate
+from jobs.encode import encode
 from jobs.run.config import load_config
 from jobs.run.folder import build_data, build_module
 from jobs.train import train
 from lightning_modules.base import GenerativeModule
 from tests.conftest import REPOSITORY
+from tests.kandinsky3_folder import write_kandinsky3
 from tests.kandinsky22_folders import write_decoder, write_prior
 from tests.sd_folder import write_pipeline
 
@@ -149,6 +151,17 @@ def test_both_stages_of_kandinsky_learn_from_colonoscopy(colonoscopy, here):
     check_pictures(here / "decoder-run")
     settings = [data, *update, f"model.pretrained={prior}", "model.decoder=decoder-run/export/merged", "run_dir=run"]
     before, after = losses_of("kandinsky22_prior", settings)
+    assert after < 0.95 * before
+    check_pictures(here / "run")
+
+
+@needs_data
+def test_kandinsky_3_learns_from_colonoscopy_by_an_update_out_of_a_cache(colonoscopy, here):
+    """Encoded first, so that neither encoder is held."""
+    settings = [f"data.root={colonoscopy}", f"model.pretrained={write_kandinsky3(here / 'pretrained')}", "run_dir=run"]
+    settings += ["model.adapter.rank=4", "data.validation_images=8"]
+    encode(load_config([REPOSITORY / "configs/tiny/kandinsky3.yaml"], settings), here / "latents")
+    before, after = losses_of("kandinsky3", [*settings, "data.latents=latents"])
     assert after < 0.95 * before
     check_pictures(here / "run")
 

@@ -35,6 +35,9 @@ METHODS = {
         "kandinsky-msdm",
         "Kandinsky 2.2, its decoder fine-tuned",
     ),
+    "kandinsky3": Method(
+        "lightning_modules.kandinsky3:Kandinsky3", "kandinsky-msdm", "Kandinsky 3, its U-Net fine-tuned"
+    ),
     "msdm_vae": Method("lightning_modules.msdm_vae:MSDMVAEModule", "kandinsky-msdm", "MSDM, stage 1: autoencoder"),
     "msdm": Method("lightning_modules.msdm:MSDM", "kandinsky-msdm", "MSDM, stage 2: latent diffusion with text"),
 }

@@ -171,7 +171,7 @@ class MovqLatents(Kandinsky):
 
     def load_movq(self, dtype: torch.dtype = torch.float32) -> VQModel:
         """MoVQ, frozen."""
-        return random_movq(self.config.architecture).to(dtype) if self.is_random else self.folder.load("movq", dtype)
+        return random_movq(self.config.architecture).type(dtype) if self.is_random else self.folder.load("movq", dtype)
 
     def encode_moments(self, images: Tensor) -> Tensor:
         mean = self.movq.encode(to_model_range(images).to(self.movq.dtype)).latents.float()

@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from diffusers.utils.peft_utils import recurse_remove_peft_layers
@@ -106,7 +106,7 @@ def merged(plain: nn.Module, adapted: nn.Module, config: AdapterConfig) -> nn.Mo
     return plain
 
 
-def _widen(layer: BaseTunerLayer) -> None:
+def _widen(layer: Any) -> None:
     """Bring the update of a layer to float32; DoRA's lengths are measured anew, of half precision they were rounded."""
     for parameter in layer.parameters():
         if parameter.requires_grad:

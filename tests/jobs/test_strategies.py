@@ -144,7 +144,7 @@ def test_two_processes_and_their_resumes_are_one_process(phantom, folder, alone,
 IN_PARTS = {
     "stable_diffusion": CUT, "stable_diffusion_lora": STRATEGIES[1:], "hypernetwork": CUT, "controlnet": CUT,
     "llcm": CUT, "kandinsky22_prior_whole": CUT, "kandinsky22_prior": CUT, "kandinsky22_decoder_whole": CUT,
-    "kandinsky22_decoder": CUT,
+    "kandinsky22_decoder": CUT, "kandinsky3_whole": CUT, "kandinsky3": CUT,
 }  # fmt: skip
 
 
