@@ -15,6 +15,7 @@ from medsynth.errors import UserError
 @click.option("--prompt", help="One prompt, for --count pictures, or for the controls that --prompts does not name.")
 @click.option("--negative", help="A negative prompt: what guidance leads away from.")
 @click.option("--labels", help="Classes, by name or number, with commas between; --count pictures of each.")
+@click.option("--per-class", type=click.IntRange(1), help="Pictures of every class, in a folder for each.")
 @click.option("--validation", type=click.IntRange(1), help="Pictures for prompts and controls of the validation split.")
 @click.option("--controls", type=click.Path(path_type=Path), help="Folder of masks, edges, depth maps, pictures.")
 @click.option("--count", type=click.IntRange(1), help="Pictures of --prompt or a class.  [default: 1]")
@@ -31,8 +32,9 @@ from medsynth.errors import UserError
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1 …")
 def main(
     run_dir: Path, prompts: Path | None, prompt: str | None, negative: str | None, labels: str | None,
-    validation: int | None, controls: Path | None, count: int | None, seeds: int, out: Path, sheet: Path | None,
-    seed: int, steps: int | None, guidance: float | None, batch_size: int, checkpoint: str, device: str,
+    per_class: int | None, validation: int | None, controls: Path | None, count: int | None, seeds: int, out: Path,
+    sheet: Path | None, seed: int, steps: int | None, guidance: float | None, batch_size: int, checkpoint: str,
+    device: str,
 ) -> None:  # fmt: skip
     """Draw pictures of prompts: each row of a CSV file, one prompt several times, or those that the run validates with;
     of classes; or for masks, edges, depth maps and pictures of your own, each named after its control.
@@ -42,7 +44,7 @@ def main(
     that exist are kept, so an interrupted call can be repeated; a damaged one is drawn again, one of another call
     refused.
     """
-    request = Request(prompts, prompt, labels, validation, controls, negative, count, out)
+    request = Request(prompts, prompt, labels, per_class, validation, controls, negative, count, out)
     if guidance is not None and not 0 <= guidance < math.inf:
         raise UserError(f"--guidance {guidance}: give a number from 0 up")
     from jobs.drawing.asked import ask

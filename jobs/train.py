@@ -114,7 +114,14 @@ def _train(config: "DictConfig", request: "StopRequest") -> "Trainer":
     from callbacks.divergence import Divergence
     from jobs.run.config import instantiate
     from jobs.run.export import export_best
-    from jobs.run.folder import build_data, refuse_another_run, require_same_split, write_config, write_split
+    from jobs.run.folder import (
+        build_data,
+        refuse_another_run,
+        require_same_classes,
+        require_same_split,
+        write_config,
+        write_split,
+    )
     from jobs.run.pretrained import record
     from jobs.run.process import set_up_process
     from jobs.tracking.facts import run_facts
@@ -139,6 +146,8 @@ def _train(config: "DictConfig", request: "StopRequest") -> "Trainer":
 
         owner.claim()
         require_same_split(data, run_dir)
+        if "labels" in module.supports.conditions:
+            require_same_classes(data, run_dir)
         write_config(config)
         write_split(data, run_dir)
         checkpoint = _newest_checkpoint(run_dir, trainer.is_global_zero)

@@ -15,10 +15,10 @@ from torch import Tensor
 from datamodules.base import ImageDataModule
 from datamodules.batches import Conditions
 from datamodules.files.tables import Table, drop_bad_rows, read_table
-from datamodules.files.walk import listed
+from datamodules.files.walk import is_hidden, listed
 from jobs.drawing.request import Request
 from jobs.run.config import instantiate
-from jobs.run.folder import build_source, class_names, mask_levels
+from jobs.run.folder import build_source, class_names, mask_levels, require_same_classes
 from jobs.run.registry import data_class, nearest
 from lightning_modules.base import GenerativeModule
 from medsynth.errors import UserError
@@ -75,6 +75,8 @@ def ask(request: Request, run_dir: Path, config: DictConfig, module: GenerativeM
         asked, negatives = _own_controls(request, request.controls, run_dir, config, module)
     elif request.validation is not None:
         asked, negatives = _validation(request.validation, run_dir, config, module), []
+    elif request.per_class is not None:
+        asked, negatives = _each_class(run_dir, request.per_class), []
     elif request.labels is not None:
         asked, negatives = _classes(run_dir, request.labels, request.count or 1), []
     else:
@@ -97,7 +99,7 @@ def _require(request: Request, module: GenerativeModule, who: str) -> None:
         raise UserError(f"--controls: {drawn}, not for control")
     if request.controls is None and steered:
         raise UserError(f"{who} is steered by {', '.join(steered)}: give --controls FOLDER, or --validation COUNT")
-    kind = "labels" if request.labels is not None else "captions"
+    kind = "captions" if request.labels is None and request.per_class is None else "labels"
     if request.controls is None and kind not in kinds:
         raise UserError(f"{drawn}, not for {kind}")
 
@@ -146,11 +148,21 @@ def _classes(run_dir: Path, labels: str, count: int) -> Asked:
         if given not in numbers:
             raise UserError(f"--labels: there is no class {given}{nearest(given, names)}")
         asked += [numbers[given]] * count
-    return Asked(
-        _numbered(len(asked)),
-        [{"label": names[number]} for number in asked],
-        lambda rows: Conditions(labels=torch.tensor([asked[i] for i in rows])),
-    )
+    return _labelled(_numbered(len(asked)), names, asked)
+
+
+def _each_class(run_dir: Path, count: int) -> Asked:
+    """`count` pictures of every class of the run, in a folder each; more of them leave the first as they are."""
+    names = class_names(run_dir)
+    odd = [is_hidden(name) or Path(name).name != name for name in names]  # of a table, it may say anything
+    folders = [f"class-{label}" if odd[label] else name for label, name in enumerate(names)]
+    files = [f"{folder}/{number}" for number in _numbered(count) for folder in folders]
+    return _labelled(files, names, list(range(len(names))) * count)
+
+
+def _labelled(files: list[str], names: list[str], labels: list[int]) -> Asked:
+    texts = [{"label": names[label]} for label in labels]
+    return Asked(files, texts, lambda rows: Conditions(labels=torch.tensor([labels[i] for i in rows])))
 
 
 def _validation(count: int, run_dir: Path, config: DictConfig, module: GenerativeModule) -> Asked:
@@ -160,6 +172,8 @@ def _validation(count: int, run_dir: Path, config: DictConfig, module: Generativ
         click.echo(f"the run validates with {most}, fewer than {count}: they come again, with other noise")
     kinds = module.supports.conditions
     classes = class_names(run_dir) if "labels" in kinds else []
+    if classes:
+        require_same_classes(data, run_dir)
     texts = [_said(data.evaluation_conditions([i]), kinds, classes) for i in range(count)]
     return Asked(_numbered(count), texts, data.evaluation_conditions, *_steering(config, module, data))
 

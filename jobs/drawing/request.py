@@ -13,6 +13,7 @@ class Request:
     prompts: Path | None = None
     prompt: str | None = None
     labels: str | None = None
+    per_class: int | None = None
     validation: int | None = None
     controls: Path | None = None
     negative: str | None = None
@@ -20,15 +21,16 @@ class Request:
     out: Path | None = None
 
     def __post_init__(self):
-        ways = {"--labels": self.labels, "--validation": self.validation, "--controls": self.controls}
+        ways = {"--labels": self.labels, "--per-class": self.per_class}
+        ways |= {"--validation": self.validation, "--controls": self.controls}
         words = {"--prompts": self.prompts, "--prompt": self.prompt}
         given = [name for name, value in ways.items() if value is not None]
         said = [name for name, value in words.items() if value is not None]
         # Controls have prompts: those of a file, and one for the others.
         if len(given) > 1 or (given != ["--controls"] and len(given + said) != 1):
             raise UserError(
-                "give one of --prompts FILE, --prompt TEXT, --labels NAMES and --validation COUNT, or --controls "
-                "FOLDER with --prompts or --prompt"
+                "give one of --prompts FILE, --prompt TEXT, --labels NAMES, --per-class COUNT and --validation COUNT, "
+                "or --controls FOLDER with --prompts or --prompt"
             )
         if self.count is not None and (self.controls or not (self.labels or self.prompt is not None)):
             raise UserError("--count goes with --prompt or --labels; --seeds N draws N of each")

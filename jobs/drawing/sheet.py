@@ -16,8 +16,8 @@ from jobs.drawing.kept import Picture
 from medsynth.errors import UserError
 from medsynth.files import naming_unwritten, put_whole
 
-MOST = 64
-"""Pictures of a sheet."""
+MOST, COLUMNS = 64, 8
+"""Pictures of a sheet, and of a row."""
 
 
 def check_sheet(path: Path, out: Path) -> None:
@@ -31,16 +31,29 @@ def check_sheet(path: Path, out: Path) -> None:
 
 
 def write_sheet(path: Path, pictures: Sequence[Picture], asked: Asked) -> int:
-    """Write the first pictures with their words, each right of what steered it; returns how many there are."""
-    shown = list(pictures[:MOST])
+    """Write the first pictures with their words, each right of what steered it, of classes a row for each; returns how
+    many there are."""
+    shown, columns = _rows_of_classes(pictures)
     drawn = torch.stack([_pixels(picture.path) for picture in shown])
     sides = [*_steering(asked, [picture.row for picture in shown]), drawn]
     captions = [picture.texts.get("prompt", picture.texts.get("label", picture.path.stem)) for picture in shown]
     content = io.BytesIO()
-    draw_grid(torch.cat(sides, dim=3), captions, columns=8).save(content, format="PNG")
+    draw_grid(torch.cat(sides, dim=3), captions, columns).save(content, format="PNG")
     with naming_unwritten(f"--sheet: {path}"):
         put_whole(path, content.getvalue())
     return len(shown)
+
+
+def _rows_of_classes(pictures: Sequence[Picture]) -> tuple[list[Picture], int]:
+    """The pictures that are shown, and how many are in a row: of several classes equally many, each in its own row."""
+    classes: dict[str | None, list[Picture]] = {}
+    for picture in pictures:
+        classes.setdefault(picture.texts.get("label"), []).append(picture)
+    if len(classes) < 2:
+        return list(pictures[:MOST]), COLUMNS
+    columns = min(COLUMNS, *map(len, classes.values()))
+    rows = list(classes.values())[: MOST // columns]
+    return [picture for row in rows for picture in row[:columns]], columns
 
 
 def _pixels(path: Path) -> Tensor:

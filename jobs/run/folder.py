@@ -122,6 +122,25 @@ def require_same_split(data: ImageDataModule, run_dir: Path) -> None:
         )
 
 
+def require_same_classes(data: ImageDataModule, run_dir: Path) -> None:
+    """Refuse data whose labels mean other classes than those of a run that draws for labels.
+
+    Raises:
+        UserError: so it is, by the run's `split.json`.
+    """
+    try:
+        before = read_object(run_dir / SPLIT_FILE).get("classes")
+    except (OSError, ValueError):
+        return
+    now = data.split_facts().get("classes")
+    if before is not None and now is not None and before != now:
+        strange = ", ".join(sorted(set(before) ^ set(now))) or "in another order"
+        raise UserError(
+            f"run_dir={run_dir}: the run has the classes {', '.join(before)}, and {data.config.root} has "
+            f"{', '.join(now)}: not in both: {strange}; give it the folders that it was trained with"
+        )
+
+
 def load_run(run_dir: Path, checkpoint: str = "best", as_trained: bool = False) -> tuple[GenerativeModule, DictConfig]:
     """The trained model of a run with its averaged weights, in evaluation mode on the CPU, and the run's config.
 

@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image
 
 from datamodules.cytology import Cytology, CytologyConfig
 from datamodules.phantoms.cytology import render, write_cytology
 from datamodules.phantoms.cytology_scene import CLASSES, CYTOPLASM, NUCLEUS, CytologyScene, draw_scene
+from jobs.prepare import main as prepare
 from medsynth.errors import UserError
 
 
@@ -117,3 +119,10 @@ def test_the_very_same_set_is_left_as_it_is_and_no_other_is_written_over(written
         with pytest.raises(UserError, match=f"{re.escape(str(written))}: holds something other.*choose another --out"):
             write_cytology(written, **({"images": 12, "seed": 3, "size": 64} | change))
     assert files(written) == before
+
+
+def test_the_command(tmp_path: Path):
+    arguments = ["phantom", "cytology", "--out", str(tmp_path / "set"), "--images", "4", "--size", "32"]
+    printed = [CliRunner().invoke(prepare, arguments, catch_exceptions=False).output for _ in range(2)]
+    assert "4 pictures and their prompts in" in printed[0]
+    assert "holds these 4 pictures already" in printed[1]

@@ -181,7 +181,7 @@ def test_one_prompt_several_times_and_the_run_s_own_prompts(run, prompts, tmp_pa
     drawn = [Image.open(tmp_path / f"own/00000{i}.png").info["prompt"] for i in range(3)]
     assert drawn == data.evaluation_conditions(3).captions
     for several in ([], ["--prompt", "a", "--validation", 1]):
-        with pytest.raises(UserError, match="give one of --prompts FILE, --prompt TEXT, --labels NAMES and --vali"):
+        with pytest.raises(UserError, match="give one of --prompts FILE, --prompt TEXT, --labels NAMES, --per-class"):
             medsynth("sample", run, *several, "--out", tmp_path / "none")
 
 

@@ -1,6 +1,8 @@
 """What the contract gives a method that steps optimizers of its own, draws for classes, or compares its samples."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import lightning as L
@@ -10,6 +12,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from callbacks.ema import EMA, EMAConfig, load_ema_weights
+from datamodules.cytology import Cytology, CytologyConfig
 from jobs.run.config import load_config
 from jobs.run.folder import build_data, build_module, load_weights
 from jobs.run.registry import METHODS, Method
@@ -141,6 +144,8 @@ REFUSED = {
     ("--labels", "midl"): "--labels: there is no class midl; did you mean mild?",
     ("--labels", "2"): "--labels: there is no class 2; there are mild, normal",
     ("--prompt", "a polyp"): "run: two_players draws for labels, not for captions",
+    ("--per-class", "2", "--labels", "mild"): "give one of --prompts FILE",
+    ("--per-class", "2", "--count", "3"): "--count goes with --prompt or --labels",
     ("--labels", "mild", "--steps", "3"): "--steps: TwoPlayers draws without steps",
     ("--labels", "mild", "--negative", "a"): "--negative: run: two_players is led away from no words",
 }
@@ -162,3 +167,49 @@ def test_classes_are_drawn_by_name_or_number_and_nothing_else(config, here):
         assert isinstance(result.exception, UserError)
         assert said in str(result.exception)
         assert not (here / "pictures").exists()
+
+
+def drawn(out: Path) -> dict[str, bytes]:
+    return {path.relative_to(out).as_posix(): path.read_bytes() for path in sorted(out.rglob("*.png"))}
+
+
+def test_every_class_is_drawn_into_a_folder_of_its_own_and_shown_in_a_row(config, here):
+    train(config)
+    arguments = ["run", "--out", str(here / "out"), "--sheet", str(here / "sheet.png")]
+    for count in ("2", "3"):  # the second call goes on where the first one ended
+        before = drawn(here / "out")
+        result = CliRunner().invoke(sample, [*arguments, "--per-class", count], catch_exceptions=False)
+        assert f"{2 * int(count)} of them in" in result.output
+        after = drawn(here / "out")
+        assert sorted(after) == [f"{name}/{i:06d}.png" for name in ("mild", "normal") for i in range(int(count))]
+        assert before.items() <= after.items()
+        with Image.open(here / "sheet.png") as sheet:
+            assert sheet.width == 8 + int(count) * (160 + 8)  # a row a class
+            assert sheet.height == 8 + 2 * (160 + 24 + 8)
+    for name in ("mild", "normal"):
+        with Image.open(here / f"out/{name}/000002.png") as picture:
+            assert picture.info["label"] == name
+    assert len(set(drawn(here / "out").values())) == 6
+    found = Cytology(CytologyConfig(root=str(here / "out"), template=None, resolution=32, validation_images=1)).check()
+    assert (found["pictures of mild"], found["pictures of normal"]) == (3, 3)  # a data set of its own
+
+
+def test_labels_that_mean_other_classes_are_refused(config, here):
+    """A folder more before theirs, and each label would be another class's."""
+    root = here / "pictures"
+    shutil.copytree(config.data.root, root)
+    config.data.root = str(root)
+    train(config)
+    shutil.copytree(root / "mild", root / "benign")
+    line = (
+        "run_dir=run: the run has the classes mild, normal, and .*pictures has benign, mild, normal: .*benign; give it"
+    )
+    with pytest.raises(UserError, match=line):
+        train(config)
+    result = CliRunner().invoke(sample, ["run", "--validation", "2", "--out", "drawn"])
+    assert isinstance(result.exception, UserError) and re.search(line, str(result.exception))
+    shutil.rmtree(root / "benign")
+    (root / "mild").rename(root / "moderate")
+    result = CliRunner().invoke(sample, ["run", "--validation", "2", "--out", "drawn"])
+    assert "not in both: mild, moderate; give it the folders" in str(result.exception)
+    assert not (here / "drawn").exists()
