@@ -157,7 +157,8 @@ class GenerativeModule(L.LightningModule, ABC):
         raise UserError(f"{type(self).__name__} can draw nothing before it is trained; set data.class_pictures=0")
 
     def averaged_modules(self) -> dict[str, nn.Module]:
-        """Networks that training changes without optimising them (a target network), by attribute name: saved too."""
+        """Modules that training changes without optimising them (a target network, numbers that a step moves), by
+        attribute name: saved too."""
         return {}
 
     def held_as_loaded(self) -> list[nn.Module]:

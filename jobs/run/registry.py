@@ -40,6 +40,16 @@ METHODS = {
     ),
     "msdm_vae": Method("lightning_modules.msdm_vae:MSDMVAEModule", "kandinsky-msdm", "MSDM, stage 1: autoencoder"),
     "msdm": Method("lightning_modules.msdm:MSDM", "kandinsky-msdm", "MSDM, stage 2: latent diffusion with text"),
+    "cell_gan": Method(
+        "lightning_modules.cell_gan:CellGAN",
+        "cell-gan-hypernetwork",
+        "Cell GAN: conditional, of cells with self-attention",
+    ),
+    "dcgan": Method("lightning_modules.dcgan:DCGAN", "cell-gan-hypernetwork", "DCGAN"),
+    "wgan": Method("lightning_modules.wgan:WGAN", "cell-gan-hypernetwork", "WGAN, its critic's weights clipped"),
+    "wgan_gp": Method("lightning_modules.wgan_gp:WGANGP", "cell-gan-hypernetwork", "WGAN with a gradient penalty"),
+    "bgan": Method("lightning_modules.bgan:BGAN", "cell-gan-hypernetwork", "Boundary-seeking GAN"),
+    "began": Method("lightning_modules.began:BEGAN", "cell-gan-hypernetwork", "Boundary equilibrium GAN"),
 }
 
 DATA = {

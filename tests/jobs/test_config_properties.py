@@ -29,6 +29,7 @@ CHOICES = {"method", "data.name", "data.square", "data.on_bad", "data.check", "d
 CHOICES |= {"data.sixteen_bit", "data.on_duplicates"}
 CHOICES |= {"data.paraphrase_strategy", "model.sampler.name", "model.optim.name", "model.optim.schedule", "model.loss"}
 CHOICES |= {"model.prediction"}
+CHOICES |= {"model.noise"}
 CHOICES |= {"hardware.accelerator", "hardware.strategy", "hardware.precision", "checkpoint.mode", "checkpoint.on_error"}
 CHOICES |= {"model.noise.schedule", "model.noise.zero_terminal_snr", "evaluation.extractor", "evaluation.reference"}
 CHOICES |= {"evaluation.resize"}
