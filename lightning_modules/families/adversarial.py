@@ -12,6 +12,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram, save
+from torch.export import export as as_program
 
 from datamodules.batches import Conditions, ImageBatch
 from lightning_modules.base import GenerativeModule, OptimConfig, Supports, to_image_range, to_model_range
@@ -75,6 +77,7 @@ class Adversarial(GenerativeModule):
         self.automatic_optimization = False
         self._certain: Tensor | None = None  # steps in a row in which the discriminator told every picture
         self._warned = False
+        self._moved: list[Tensor] = []  # buffers of statistics and scalars
 
     # What a method fills in
 
@@ -161,6 +164,7 @@ class Adversarial(GenerativeModule):
 
     def on_train_start(self) -> None:
         super().on_train_start()
+        self._moved = []  # they may have gone to another device
         self._set_rates()
 
     def learn(self, batch: ImageBatch) -> dict[str, Tensor]:
@@ -264,17 +268,17 @@ class Adversarial(GenerativeModule):
             plain = without_spectral_norm(network).cpu().to(memory_format=torch.contiguous_format)
             save_file(plain.state_dict(), directory / f"{name}.safetensors")
             if name == "generator":
-                torch.export.save(self._program(plain), directory / "generator.pt2")
+                save(self._program(plain), directory / "generator.pt2")
         described = {"class": type(self).__name__, "classes": self.classes, "config": asdict(self.config)}
         (directory / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
-    def _program(self, generator: nn.Module) -> torch.export.ExportedProgram:
+    def _program(self, generator: nn.Module) -> ExportedProgram:
         """The graph of drawing any number of pictures."""
         inputs = [torch.zeros(2, self.config.latent)]
         if self.classes is not None:
             inputs.append(torch.zeros(2, dtype=torch.int64))
-        any_number = ({0: torch.export.Dim("pictures", min=1)},) * len(inputs)
-        return torch.export.export(Drawing(generator).eval(), tuple(inputs), dynamic_shapes=(any_number,))
+        any_number = ({0: Dim("pictures", min=1)},) * len(inputs)
+        return as_program(Drawing(generator).eval(), tuple(inputs), dynamic_shapes=(any_number,))
 
     def _labels_of(self, conditions: Conditions, check: bool = False) -> Tensor | None:
         """Labels on the device, None where it is told none; `check` waits for the device."""
@@ -298,9 +302,11 @@ class Adversarial(GenerativeModule):
 
     def _statistics(self) -> list[tuple[Tensor, Tensor]]:
         """What a step moves beside weights and vectors, and its values now."""
-        norms = (m for network in self.trainable_modules().values() for m in network.modules())
-        moved = [b for m in norms if isinstance(m, SyncBatchNorm2d) for b in m.buffers()]
-        return [(buffer, buffer.clone()) for buffer in (*moved, *self.scalars.buffers())]
+        if not self._moved:
+            norms = (m for network in self.trainable_modules().values() for m in network.modules())
+            self._moved = [b for m in norms if isinstance(m, SyncBatchNorm2d) for b in m.buffers()]
+            self._moved += self.scalars.buffers()
+        return [(buffer, buffer.clone()) for buffer in self._moved]
 
     def _keep_finite(self, before: list[tuple[Tensor, Tensor]]) -> None:
         """Take back what a step has moved that is left out: statistics would never lose a NaN again."""
