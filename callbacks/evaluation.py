@@ -15,7 +15,7 @@ from torch import Tensor
 
 from callbacks.lightning_types import data_of, generative, loggers_of
 from callbacks.protocols import PROTOCOL_TAG, PROTOCOLS, as_tag, noted_after, read_notes
-from callbacks.samples import as_png, draw_grid
+from callbacks.samples import as_png, draw_grid, grid_rows
 from callbacks.scoring import EvaluationConfig, Scoring
 from datamodules.batches import collate
 from datamodules.stream import derive_seed
@@ -127,12 +127,14 @@ class Evaluation(L.Callback):
         return {f"eval/{name}": value for name, value in values.items()}
 
     def _draw_grid(self, trainer: L.Trainer, module: GenerativeModule) -> None:
-        dataset = data_of(trainer).validation_set()
-        rows = [i * len(dataset) // self.config.grid for i in range(min(self.config.grid, len(dataset)))]
+        dataset, labels = data_of(trainer).validation_set(), None
+        if "labels" in module.supports.conditions:
+            labels = [dataset.without_picture(i).label for i in range(len(dataset))]
+        rows, columns = grid_rows(len(dataset), self.config.grid, labels)
         batch = collate([dataset[i] for i in rows])
         seeds = [derive_seed(self.seed, "grid", i) for i in range(len(rows))]
         images, captions = module.preview(batch.to(module.device), seeds)
-        self._save_grid(trainer, _agreed_finite(trainer, images), captions)
+        self._save_grid(trainer, _agreed_finite(trainer, images), captions, columns)
 
     @rank_zero_only
     def _note_protocol(self, trainer: L.Trainer, protocol: Protocol) -> None:
@@ -145,9 +147,9 @@ class Evaluation(L.Callback):
             logger.set_tags({PROTOCOL_TAG: as_tag(notes)})
 
     @rank_zero_only
-    def _save_grid(self, trainer: L.Trainer, images: Tensor, captions: list[str]) -> None:
+    def _save_grid(self, trainer: L.Trainer, images: Tensor, captions: list[str], columns: int) -> None:
         path = self.run_dir / "grids" / f"step-{trainer.global_step:07d}.png"
-        grid = np.asarray(draw_grid(images, captions))
+        grid = np.asarray(draw_grid(images, captions, columns))
         with self._dispensable(path):
             put_whole(path, as_png(grid))
         for logger in loggers_of(trainer):

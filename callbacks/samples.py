@@ -1,6 +1,7 @@
 """Pictures beside the prompts they were made for."""
 
 import textwrap
+from collections.abc import Sequence
 from io import BytesIO
 
 import numpy as np
@@ -9,8 +10,11 @@ from torch import Tensor
 
 from metrics.images import quantise
 
+COLUMNS = 4
+"""Pictures in a row of a grid."""
 
-def draw_grid(images: Tensor, captions: list[str], columns: int = 4, side: int = 160) -> Image.Image:
+
+def draw_grid(images: Tensor, captions: list[str], columns: int = COLUMNS, side: int = 160) -> Image.Image:
     """One picture of n pictures, each over its caption.
 
     images: float32 (n, 3, H, W) in [0, 1], shown `side` pixels high; of wide ones there are fewer columns. captions: n
@@ -32,6 +36,27 @@ def draw_grid(images: Tensor, captions: list[str], columns: int = 4, side: int =
         sheet.paste(picture.resize((wide, side), Image.Resampling.BICUBIC), (x, y))
         draw.multiline_text((x, y + side + 4), text, fill="black", font=font, spacing=3)
     return sheet
+
+
+def grid_rows(length: int, most: int, labels: Sequence[int | None] | None = None) -> tuple[list[int], int]:
+    """Which of `length` samples a grid of at most `most` shows, and how many it has in a row.
+
+    They are spread evenly. Of samples with labels of several classes, for all of which there is room, equally many are
+    of each, one class a row.
+    """
+    classes: dict[int, list[int]] = {}
+    for i, label in enumerate(labels or ()):
+        if label is not None:
+            classes.setdefault(label, []).append(i)
+    if not 2 <= len(classes) <= most:
+        return _spread(range(length), most), COLUMNS
+    each = min(most // len(classes), *map(len, classes.values()))
+    return [i for label in sorted(classes) for i in _spread(classes[label], each)], each
+
+
+def _spread(among: Sequence[int], most: int) -> list[int]:
+    count = min(most, len(among))
+    return [among[i * len(among) // count] for i in range(count)]
 
 
 def as_png(pixels: np.ndarray) -> bytes:

@@ -176,7 +176,9 @@ class GenerativeModule(L.LightningModule, ABC):
 
     def preview(self, batch: ImageBatch, seeds: list[int]) -> tuple[Tensor, list[str]]:
         """What shows a person how good the model is at a validation batch: pictures (n, 3, H, W) and n captions."""
-        labels = [] if batch.conditions.labels is None else [f"class {label}" for label in batch.conditions.labels]
+        names = self.datamodule.split_facts().get("classes", []) if self.datamodule is not None else []
+        given = [] if batch.conditions.labels is None else batch.conditions.labels.tolist()
+        labels = [names[label] if label < len(names) else f"class {label}" for label in given]
         captions = batch.conditions.captions if "captions" in self.supports.conditions else labels
         return self.sample(batch.conditions, seeds), captions or [""] * len(batch)
 

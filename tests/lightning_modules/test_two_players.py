@@ -12,7 +12,9 @@ from click.testing import CliRunner
 from PIL import Image
 
 from callbacks.ema import EMA, EMAConfig, load_ema_weights
+from callbacks.samples import draw_grid, grid_rows
 from datamodules.cytology import Cytology, CytologyConfig
+from jobs.drawing.asked import _each_class
 from jobs.run.config import load_config
 from jobs.run.folder import build_data, build_module, load_weights
 from jobs.run.registry import METHODS, Method
@@ -192,6 +194,34 @@ def test_every_class_is_drawn_into_a_folder_of_its_own_and_shown_in_a_row(config
     assert len(set(drawn(here / "out").values())) == 6
     found = Cytology(CytologyConfig(root=str(here / "out"), template=None, resolution=32, validation_images=1)).check()
     assert (found["pictures of mild"], found["pictures of normal"]) == (3, 3)  # a data set of its own
+
+
+def test_a_grid_has_a_row_for_each_class():
+    assert grid_rows(8, 4) == ([0, 2, 4, 6], 4)
+    assert grid_rows(3, 8) == ([0, 1, 2], 4)  # there are no more
+    labels = [0, 0, 0, 0, 1, 2, 2, 1]
+    assert grid_rows(8, 6, labels) == ([0, 2, 4, 7, 5, 6], 2)
+    assert grid_rows(8, 8, labels) == ([0, 2, 4, 7, 5, 6], 2)  # there are no more of each
+    assert grid_rows(8, 3, labels) == ([0, 4, 5], 1)
+    assert grid_rows(8, 2, labels) == ([0, 4], 4)  # no room for all
+    assert grid_rows(4, 2, [1, 1, 1, 1]) == ([0, 2], 4)
+
+
+def test_the_grid_of_a_training_names_its_classes(config, here, monkeypatch):
+    shown = []
+    monkeypatch.setattr("callbacks.evaluation.draw_grid", lambda *given: shown.append(given) or draw_grid(*given))
+    config.data.validation_images, config.evaluation.grid, config.train.max_steps = 8, 4, 4
+    train(config)
+    assert [(captions, columns) for _, captions, columns in shown] == [(["mild", "mild", "normal", "normal"], 2)]
+    with Image.open(here / "run/grids/step-0000004.png") as grid:
+        assert grid.size == (8 + 2 * 168, 8 + 2 * (160 + 24 + 8))
+
+
+def test_classes_of_any_name_stay_within_the_folder(tmp_path):
+    """They may be a table's, and it may say anything."""
+    (tmp_path / "split.json").write_text(json.dumps({"classes": ["..", "a/b", ".hidden", "grade 2"]}))
+    names = ["class-0/000000", "class-1/000000", "class-2/000000", "grade 2/000000"]
+    assert _each_class(tmp_path, 1).names == names
 
 
 def test_labels_that_mean_other_classes_are_refused(config, here):
