@@ -86,6 +86,11 @@ class StableDiffusionBase(LatentDiffusion):
 
     config: StableDiffusionBaseConfig
 
+    def __init__(self, config: Any, key: str = KEY):
+        """key: the config key of the run that names the pretrained pipeline."""
+        super().__init__(config)
+        self.key = key
+
     def build(self) -> None:
         config = self.config
         if not self._random:
@@ -142,7 +147,7 @@ class StableDiffusionBase(LatentDiffusion):
                 heads=shape.text_heads,
                 vocabulary=shape.vocabulary,
             ),
-            key=KEY,
+            key=self.key,
             attend_padding=True,  # Stable Diffusion was trained without a mask
         )
 
@@ -226,7 +231,7 @@ class StableDiffusionBase(LatentDiffusion):
 
     @property
     def _weights(self) -> Weights:
-        return Weights(KEY, self.config.pretrained, PARTS)
+        return Weights(self.key, self.config.pretrained, PARTS)
 
     @cached_property
     def _folder(self) -> PipelineFolder:
@@ -244,10 +249,10 @@ class StableDiffusionBase(LatentDiffusion):
         described = folder.scheduler.config
         if clipping := [name for name in _CLIPPING if described.get(name)]:
             rank_zero_warn(
-                f"{KEY}: {folder.path}/scheduler says {clipping[0]}; pictures are drawn here without, and the "
+                f"{self.key}: {folder.path}/scheduler says {clipping[0]}; pictures are drawn here without, and the "
                 "scheduler that is exported says so"
             )
-        self.config.noise.require_learned(folder.scheduler, f"{KEY}: {folder.path}")
+        self.config.noise.require_learned(folder.scheduler, f"{self.key}: {folder.path}")
 
     def _check_resolution(self) -> None:
         shape = self.config.architecture

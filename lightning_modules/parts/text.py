@@ -136,18 +136,14 @@ def text_weights(key: str, source: str) -> Weights:
 
 
 def _pretrained(config: TextEncoderConfig, key: str, pooled: bool, dtype: torch.dtype) -> tuple[Any, Any]:
-    from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
     folder = text_weights(key, config.source).require()
     parts = (folder / "tokenizer", folder / "text_encoder")
     tokenizer_folder, model_folder = parts if all(p.is_dir() for p in parts) else (folder, folder)
     network, spare = (CLIPTextModelWithProjection, _NO_TEXT) if pooled else (CLIPTextModel, _NO_WORDS)
     model = load_network(network, model_folder, key, spare, dtype)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers raises of many kinds; all mean that there is no tokenizer
-        raise UserError(f"{key}: {tokenizer_folder} holds no tokenizer: {one_line(error)}") from error
-    _check_tokenizer(tokenizer, model.config, f"{key}: {tokenizer_folder}")
+    tokenizer = load_tokenizer(tokenizer_folder, model.config, key)
     if model.config.hidden_size != config.width:
         raise UserError(
             f"{key}: {config.source} gives embeddings of width {model.config.hidden_size}, "
@@ -159,6 +155,22 @@ def _pretrained(config: TextEncoderConfig, key: str, pooled: bool, dtype: torch.
             f"for; set model.text_encoder.max_tokens={model.config.max_position_embeddings}"
         )
     return tokenizer, model
+
+
+def load_tokenizer(folder: Path, text: Any, key: str) -> Any:
+    """The tokenizer of a folder, for the text encoder with the config `text`.
+
+    Raises:
+        UserError: there is none, or not that encoder's; `key` is named.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises of many kinds; all mean that there is no tokenizer
+        raise UserError(f"{key}: {folder} holds no tokenizer: {one_line(error)}") from error
+    _check_tokenizer(tokenizer, text, f"{key}: {folder}")
+    return tokenizer
 
 
 def _check_tokenizer(tokenizer: Any, text: Any, where: str) -> None:
@@ -182,7 +194,7 @@ def _random(config: TextEncoderConfig, pooled: bool) -> tuple[Any, Any]:
     """A CLIP text model with weights from a fixed seed, and a tokenizer that spells any word."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    tokenizer = _word_tokenizer()
+    tokenizer = word_tokenizer()
     with made_here():
         model = (CLIPTextModelWithProjection if pooled else CLIPTextModel)(
             CLIPTextConfig(
@@ -209,7 +221,8 @@ _WORDS = (
 )
 
 
-def _word_tokenizer():
+def word_tokenizer():
+    """A fixed tokenizer of the data sets' own words, for random encoders; it has about 450 tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
