@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from callbacks.evaluation import Evaluation
     from callbacks.preemption import Preemption, StopRequest
     from datamodules.base import ImageDataModule
+    from datamodules.batches import Sample
     from jobs.tracking.logger import RunTracker
     from lightning_modules.base import GenerativeModule
 
@@ -139,6 +140,7 @@ def _train(config: "DictConfig", request: "StopRequest") -> "Trainer":
         refuse_another_run(config)
         _make_networks(config, module)
         data, counts = build_data(config, module)
+        module.check_samples(_first_pass(data))
         if config.hardware.compile:
             module.compile()
         if trainer.is_global_zero:
@@ -190,10 +192,18 @@ def _make_networks(config: "DictConfig", module: "GenerativeModule") -> None:
     module.configure_model()
 
 
+def _first_pass(data: "ImageDataModule") -> "Iterator[Sample]":
+    """The training samples, without pictures, as the first pass shows them."""
+    training = data.training_set()
+    for index in range(len(training)):
+        yield training.without_picture(0, index)
+
+
 def _announce(
     config: "DictConfig", module: "GenerativeModule", data: "ImageDataModule", counts: dict[str, int]
 ) -> None:
     """Say what is about to be done; refused where nothing would choose the best checkpoint."""
+    from callbacks.retrieval import logged_by
     from jobs.run.checks import check_monitor
     from jobs.run.summary import print_summary, try_picture
     from jobs.tracking.server import ui_command
@@ -202,7 +212,7 @@ def _announce(
     data.require_room(config.hardware.devices)
     trial = try_picture(module, data)
     steps_by_itself = type(module).learn is not GenerativeModule.learn  # and names what it has done as it likes
-    check_monitor(config, trial.losses, any_of_training=steps_by_itself)
+    check_monitor(config, trial.losses, any_of_training=steps_by_itself, validated=logged_by(module))
     print_summary(config, module, trial, counts, data.notes())
     click.echo(f"MLflow: {ui_command(config.tracking.uri, config.tracking.experiment)}")
 
@@ -261,8 +271,8 @@ def _without_orphans(trainer: "Trainer", request: "StopRequest") -> Iterator[Non
 
 
 def check_support(config: "DictConfig", module: "GenerativeModule") -> None:
-    """Raises UserError where the method does not train with the configured strategy or accumulation, or the run logs
-    nothing by the name that chooses its best checkpoint."""
+    """Raises UserError where the method does not train with the configured strategy, batch or accumulation, or the run
+    logs nothing by the name that chooses its best checkpoint."""
     from jobs.run.checks import accumulation, check_monitor
 
     check_monitor(config)
@@ -275,6 +285,10 @@ def check_support(config: "DictConfig", module: "GenerativeModule") -> None:
         raise UserError(
             f"train.device_batch_size={train.device_batch_size}: {config.method} takes each step over one batch, "
             f"micro-batches do not add up to it; set {train.global_batch_size // processes}"
+        )
+    if config.train.global_batch_size == 1 and not module.loss_is_a_mean:
+        raise UserError(
+            f"train.global_batch_size=1: {config.method} learns by comparing the samples of a batch; set 2 or more"
         )
 
 
@@ -293,6 +307,7 @@ def _build_trainer(
     from callbacks.durable import DurableCheckpointIO
     from callbacks.ema import EMA
     from callbacks.progress import RunProgress, Throughput
+    from callbacks.retrieval import Retrieval
     from callbacks.step_log import StepLog
     from jobs.run.checks import accumulation
     from jobs.run.config import instantiate
@@ -301,7 +316,7 @@ def _build_trainer(
 
     train, hardware = config.train, config.hardware
     throughput = Throughput(train.global_batch_size)
-    callbacks: list[L.Callback] = [throughput, RunProgress(throughput), StepLog(), *watching]
+    callbacks: list[L.Callback] = [throughput, RunProgress(throughput), StepLog(), Retrieval(), *watching]
     callbacks.append(ClassPictures(config.evaluation.batch_size))
     if config.ema.decay:
         callbacks.insert(0, EMA(instantiate(config, "ema")))

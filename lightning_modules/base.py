@@ -1,6 +1,7 @@
 """The one contract every method keeps, and the pictures' ranges inside and outside a module."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, cast, final
@@ -12,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.optim.lr_scheduler import LambdaLR
 
-from datamodules.batches import Conditions, ImageBatch
+from datamodules.batches import Conditions, ImageBatch, Sample
 from lightning_modules.parts import optim
 from lightning_modules.parts.optim import OptimConfig, configure_optimizers
 from lightning_modules.parts.weights import Weights
@@ -129,6 +130,14 @@ class GenerativeModule(L.LightningModule, ABC):
             UserError: it cannot draw so, for instance in so many steps.
         """
         return {}
+
+    def check_samples(self, samples: Iterable[Sample]) -> None:
+        """Look at what is to be learned from, before the first step: the training samples, without their pictures, as
+        the first pass shows them; each is made when it is asked for.
+
+        Raises:
+            UserError: nothing can be learned from these.
+        """
 
     def learn(self, batch: ImageBatch) -> dict[str, Tensor]:
         """What a training step does with its batch: the losses, "loss" among them, which Lightning then minimises.
@@ -324,6 +333,19 @@ class GenerativeModule(L.LightningModule, ABC):
         return self
 
 
+class JointEmbedding(ABC):
+    """What a method is beside a `GenerativeModule` that embeds pictures and captions in one space: validation then
+    retrieves the ones for the others."""
+
+    @abstractmethod
+    def picture_embeddings(self, pictures: Tensor) -> Tensor:
+        """float32 (n, D), each of length 1, of pictures (n, 3, H, W) in [0, 1]."""
+
+    @abstractmethod
+    def caption_embeddings(self, captions: list[str]) -> Tensor:
+        """float32 (n, D) likewise, of n captions."""
+
+
 def blocks(network: nn.Module) -> list[nn.Module]:
     """The parts of a network that are gathered one at a time, inner ones first: libraries name `_no_split_modules`."""
     parts = [module for module in network.modules() if module is not network and any(True for _ in module.parameters())]
@@ -351,4 +373,12 @@ def count_parameters(module: GenerativeModule) -> tuple[int, int]:
     return trained, sum(p.numel() for p in module.parameters()) - trained
 
 
-__all__ = ["GenerativeModule", "OptimConfig", "Supports", "count_parameters", "to_image_range", "to_model_range"]
+__all__ = [
+    "GenerativeModule",
+    "JointEmbedding",
+    "OptimConfig",
+    "Supports",
+    "count_parameters",
+    "to_image_range",
+    "to_model_range",
+]

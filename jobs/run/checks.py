@@ -57,22 +57,30 @@ def check_steps(config: DictConfig, key: str, steps: int | None) -> None:
         require(key, steps)
 
 
-def check_monitor(config: DictConfig, losses: Sequence[str] = (), any_of_training: bool = False) -> None:
+def check_monitor(
+    config: DictConfig, losses: Sequence[str] = (), any_of_training: bool = False, validated: Sequence[str] = ()
+) -> None:
     """Raise UserError where the run will log no value of the name `checkpoint.monitor`.
 
     losses: their names, once they are known; until then any passes. any_of_training: training logs others besides.
+    validated: whole names of what validation logs beside the losses.
     """
-    check_logged(config, "checkpoint.monitor", config.checkpoint.monitor, losses, any_of_training)
+    check_logged(config, "checkpoint.monitor", config.checkpoint.monitor, losses, any_of_training, validated)
 
 
 def check_logged(
-    config: DictConfig, key: str, metric: str, losses: Sequence[str] = (), any_of_training: bool = False
+    config: DictConfig,
+    key: str,
+    metric: str,
+    losses: Sequence[str] = (),
+    any_of_training: bool = False,
+    validated: Sequence[str] = (),
 ) -> None:
     """`check_monitor` of a value that `key` names."""
     kind = metric.partition("/")[0]
     if (kind in ("train", "val") and not losses) or (kind == "train" and any_of_training):
         return
-    known = [f"{kind}/{name}" for kind in ("val", "train") for name in losses or ["loss"]]
+    known = [f"{kind}/{name}" for kind in ("val", "train") for name in losses or ["loss"]] + [*validated]
     evaluation: Any = OmegaConf.to_object(config.evaluation)
     known += [*evaluation.names(), "throughput/images_per_second"]
     if metric not in known:
