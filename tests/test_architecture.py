@@ -214,4 +214,5 @@ def _without_weights(path: Path) -> list[str]:
     """Settings that put random weights in the place of downloads and earlier stages, at their full size."""
     found = load_config([REPOSITORY / path]).model
     keys = ("vae", "text_encoder.source", "pretrained", "perceptual_weights", "image_encoder", "decoder", "prior")
+    keys += ("generator",)
     return [f"model.{key}=random" for key in keys if isinstance(OmegaConf.select(found, key), str)]

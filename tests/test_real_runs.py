@@ -117,6 +117,15 @@ def test_methods_of_captions_learn_from_colonoscopy(method, pretrained, colonosc
 
 
 @needs_data
+def test_clip_learns_from_colonoscopy(pretrained, colonoscopy, here):
+    """And leads the fine-tuned generator."""
+    settings = [f"data.root={colonoscopy}", f"model.generator={pretrained}", "run_dir=run"]
+    before, after = losses_of("clip", settings)
+    assert after < 0.95 * before
+    check_pictures(here / "run")
+
+
+@needs_data
 @pytest.mark.parametrize("data", ["colonoscopy", "lung-nodules"])
 def test_controlnet_learns_from_masks(data, pretrained, colonoscopy, here):
     settings = [f"model.pretrained={pretrained}", "run_dir=run"]

@@ -22,6 +22,7 @@ METHODS = {
     "dreambooth_lora": Method(
         "lightning_modules.dreambooth:DreamBooth", "clip-sd-dreambooth-lora", "DreamBooth by low-rank updates"
     ),
+    "clip": Method("lightning_modules.clip:CLIP", "clip-sd-dreambooth-lora", "CLIP, fine-tuned, guiding a generator"),
     "llcm": Method("lightning_modules.llcm:LLCM", "llcm", "Leapfrog Latent Consistency Model"),
     "hypernetwork": Method(
         "lightning_modules.hypernetwork:HypernetworkModule", "cell-gan-hypernetwork", "Hypernetwork on Stable Diffusion"
