@@ -30,7 +30,7 @@ _EACH = 8
 _HELD_OUT = 500
 """Phantoms that the probe has not seen."""
 
-_PROBE_STEPS = 700
+_PROBE_STEPS = 500
 
 
 @click.command()
@@ -46,7 +46,7 @@ def main(out: Path) -> None:
     from jobs.train import train
 
     click.secho("1/5 Drawing phantom colonoscopy pictures", bold=True)
-    write_colonoscopy(out / "data", images=1000, seed=0, size=_SIZE)
+    write_colonoscopy(out / "data", images=1000, seed=0, size=_SIZE, even=True)
 
     click.secho("2/5 Training the autoencoder", bold=True)
     shared = [f"data.root={out}/data", f"evaluation.cache={out}/cache"]
@@ -109,7 +109,7 @@ def _trained_probe(data: Path) -> "tuple[Probe, float]":
     from datamodules.files.images import read_rgb
     from datamodules.phantoms.colonoscopy import render
     from datamodules.phantoms.colonoscopy_questions import answers
-    from datamodules.phantoms.colonoscopy_scene import draw_scene
+    from datamodules.phantoms.colonoscopy_scene import EVEN, draw_scene
     from medsynth.files import parse_json
     from metrics.probe import train_probe
 
@@ -119,7 +119,7 @@ def _trained_probe(data: Path) -> "tuple[Probe, float]":
     with Progress() as bar:
         task = bar.add_task("Training the probe", total=_PROBE_STEPS)
         probe = train_probe(images, truth, _PROBE_STEPS, seed=0, progress=lambda step: bar.update(task, completed=step))
-    scenes = [draw_scene(np.random.default_rng((1, index))) for index in range(_HELD_OUT)]
+    scenes = [draw_scene(np.random.default_rng((1, index)), EVEN) for index in range(_HELD_OUT)]
     unseen = torch.stack([torch.from_numpy(render(scene, _SIZE)).permute(2, 0, 1) for scene in scenes])
     expected = torch.tensor([list(answers(scene.truth()).values()) for scene in scenes])
     return probe, (probe.answers(unseen) == expected).float().mean().item()
