@@ -131,6 +131,8 @@ def load_clip(source: str, shape: CLIPShapeConfig, key: str) -> CLIP:
 
 def save_clip(directory: Path, network: Any, clip: CLIP) -> None:
     """Write for transformers' `from_pretrained` `network`, a `CLIPModel`, and what `clip` prepares its input by."""
+    for half in (network.config.text_config, network.config.vision_config):
+        half.projection_dim = network.config.projection_dim  # where one encoder is read alone it looks for it there
     network.save_pretrained(directory)
     clip.tokenizer.save_pretrained(directory)
     clip.processor.save_pretrained(directory)

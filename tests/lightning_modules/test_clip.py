@@ -22,6 +22,7 @@ from jobs.train import check_support, train
 from lightning_modules.base import GenerativeModule
 from lightning_modules.maths.contrastive import contrastive_loss, matches, spherical_distance
 from lightning_modules.parts.clip import CLIPShapeConfig, load_clip
+from lightning_modules.parts.image_prompt import ImageEncoder, load_image_encoder
 from medsynth.errors import UserError
 from tests.clip_folder import SIDE, write_clip
 from tests.conftest import REPOSITORY
@@ -186,6 +187,22 @@ def test_an_update_alone_learns(folder):
     assert all(p.grad is None for p in module.generator.parameters())
 
 
+@pytest.mark.parametrize("rank", [0, 2])
+def test_activations_that_are_computed_again_give_the_same_gradient(rank, folder):
+    found = []
+    for again in ("false", "true"):
+        torch.manual_seed(0)  # of an update, which learns from nothing
+        module = built(
+            f"model.pretrained={folder}", f"model.adapter.rank={rank}", f"model.gradient_checkpointing={again}"
+        )
+        module.train()
+        assert module.clip.network.is_gradient_checkpointing == (again == "true")
+        module.losses(batch(CAPTIONS))["loss"].backward()
+        found.append(gradients(module))
+    assert all(torch.equal(gradient, found[1][name]) for name, gradient in found[0].items())
+    assert any(gradient.any() for gradient in found[0].values())
+
+
 # Drawing
 
 
@@ -287,6 +304,9 @@ def test_the_export_embeds_alike_in_transformers(kind, folder, tmp_path):
         assert not torch.allclose(found.text_embeds, untouched.text_embeds, atol=1e-3)
     again = load_clip(str(tmp_path / "clip"), CLIPShapeConfig(), "model.pretrained")
     torch.testing.assert_close(again.captions(CAPTIONS), expected[0], rtol=0, atol=1e-5)
+    image_side = ImageEncoder(*load_image_encoder(str(tmp_path / "clip"), "model.image_encoder"))
+    embedded = torch.nn.functional.normalize(image_side(pictures() / 255), dim=-1)
+    torch.testing.assert_close(embedded, expected[1], rtol=0, atol=1e-5)
 
 
 # What is refused
