@@ -18,7 +18,7 @@ from medsynth.errors import UserError
 @click.option("--per-class", type=click.IntRange(1), help="Pictures of every class, in a folder for each.")
 @click.option("--validation", type=click.IntRange(1), help="Pictures for prompts and controls of the validation split.")
 @click.option("--controls", type=click.Path(path_type=Path), help="Folder of masks, edges, depth maps, pictures.")
-@click.option("--count", type=click.IntRange(1), help="Pictures of --prompt or a class.  [default: 1]")
+@click.option("--count", type=click.IntRange(1), help="Pictures of --prompt or a class, or alone.  [default: 1]")
 @click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="Pictures of each, as NAME-s0.png.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the pictures, 000000.png on.")
 @click.option("--sheet", type=click.Path(path_type=Path), help="PNG file for a contact sheet, outside of --out.")
@@ -37,7 +37,8 @@ def main(
     device: str,
 ) -> None:  # fmt: skip
     """Draw pictures of prompts: each row of a CSV file, one prompt several times, or those that the run validates with;
-    of classes; or for masks, edges, depth maps and pictures of your own, each named after its control.
+    of classes; of nothing in particular, by --count alone; or for masks, edges, depth maps and pictures of your own,
+    each named after its control.
 
     RUN is the directory of a training run. Pictures are PNG files that say in their text fields what made them
     (weights, step, sampler, prompt, control, seed …) and that they are synthetic; manifest.csv lists them. Pictures

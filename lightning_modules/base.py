@@ -45,6 +45,8 @@ class Supports:
     """Of `STRATEGIES`."""
     negatives: bool = False
     """Whether guidance can lead away from words of the caller's: `Conditions.negatives`, negative prompts."""
+    unconditional: bool = False
+    """Whether its pictures are of nothing in particular, so that it can be asked for a number of them."""
 
 
 class GenerativeModule(L.LightningModule, ABC):

@@ -43,6 +43,7 @@ class BEGAN(Adversarial):
 
     Config = BEGANConfig
     config: BEGANConfig
+    gives_logits = False
 
     def make_generator(self) -> nn.Module:
         return Decoder(self.config.latent, self.config.width, self.config.resolution)

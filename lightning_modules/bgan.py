@@ -41,8 +41,8 @@ class BGAN(Convolutional):
         self, real: Tensor, fake: Tensor, labels: Tensor | None, random: SampleRandom
     ) -> dict[str, Tensor]:
         scores = self.judge(real, labels), self.judge(fake, labels)
-        told = {"accuracy": self.accuracy(*scores), "log_z_of_batch": log_mean_exp(scores[1].detach())}
-        return {"discriminator": cross_entropy_discriminator(*scores), **told}
+        terms = {"discriminator": cross_entropy_discriminator(*scores), **self.told(*scores)}
+        return {**terms, "log_z_of_batch": log_mean_exp(scores[1].detach())}
 
     def generator_loss(self, fake_B: Tensor) -> Tensor:
         return boundary_seeking_generator(fake_B, self.scalars.get_buffer("log_z"))

@@ -36,6 +36,7 @@ class WGAN(Convolutional):
     """Its critic's scores have no scale: on which side of 0 they are says nothing."""
 
     Config = WGANConfig
+    gives_logits = False
 
     def turns(self) -> Turns:
         config = self.config

@@ -37,6 +37,7 @@ class WGANGP(Adversarial):
 
     Config = WGANGPConfig
     config: WGANGPConfig
+    gives_logits = False
 
     def make_generator(self) -> nn.Module:
         return ResidualGenerator(self.config.latent, self.config.width, self.config.resolution)

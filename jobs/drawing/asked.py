@@ -79,6 +79,8 @@ def ask(request: Request, run_dir: Path, config: DictConfig, module: GenerativeM
         asked, negatives = _each_class(run_dir, request.per_class), []
     elif request.labels is not None:
         asked, negatives = _classes(run_dir, request.labels, request.count or 1), []
+    elif request.of_nothing:
+        asked, negatives = _of_nothing(request.count or 1), []
     else:
         asked, negatives = _prompts(request)
     negatives = [away or request.negative or "" for away in negatives or [""] * len(asked.names)]
@@ -91,8 +93,14 @@ def _require(request: Request, module: GenerativeModule, who: str) -> None:
     """Raise UserError unless the method draws for conditions of that kind, or for some where it is to validate."""
     kinds, steered = module.supports.conditions, module.steered_by()
     drawn = f"{who} draws for {', '.join(sorted(kinds))}"
+    if module.supports.unconditional:
+        if not request.of_nothing:
+            raise UserError(f"{who} draws for no conditions: give --count N and nothing else that says what to draw")
+        return
     if not kinds:
         raise UserError(f"{who} draws no pictures for prompts")
+    if request.of_nothing:
+        raise UserError(f"--count: {drawn}: say which")
     if request.validation is not None:
         return
     if request.controls is not None and not steered:
@@ -122,6 +130,10 @@ def _prompts(request: Request) -> tuple[Asked, list[str]]:
         rows = list(_read(request.prompts, ("Prompt", _NEGATIVE)).rows.values())
         captions, negatives = [row["Prompt"] for row in rows], [row.get(_NEGATIVE, "") for row in rows]
     return _words(captions), negatives
+
+
+def _of_nothing(count: int) -> Asked:
+    return Asked(_numbered(count), [{}] * count, lambda rows: Conditions([""] * len(rows)))
 
 
 def _words(captions: list[str]) -> Asked:

@@ -27,12 +27,19 @@ class Request:
         given = [name for name, value in ways.items() if value is not None]
         said = [name for name, value in words.items() if value is not None]
         # Controls have prompts: those of a file, and one for the others.
-        if len(given) > 1 or (given != ["--controls"] and len(given + said) != 1):
+        if len(given) > 1 or (given != ["--controls"] and len(given + said) != 1 and not self.of_nothing):
             raise UserError(
                 "give one of --prompts FILE, --prompt TEXT, --labels NAMES, --per-class COUNT and --validation COUNT, "
                 "or --controls FOLDER with --prompts or --prompt"
             )
-        if self.count is not None and (self.controls or not (self.labels or self.prompt is not None)):
+        counted = self.labels or self.prompt is not None or self.of_nothing
+        if self.count is not None and (self.controls or not counted):
             raise UserError("--count goes with --prompt or --labels; --seeds N draws N of each")
         if self.controls and self.out and self.controls.resolve() in (self.out.resolve(), *self.out.resolve().parents):
             raise UserError(f"--out: {self.out} lies in --controls, where pictures are controls; choose another")
+
+    @property
+    def of_nothing(self) -> bool:
+        """Whether there is a number of pictures alone, of nothing in particular."""
+        ways = (self.prompts, self.prompt, self.labels, self.per_class, self.validation, self.controls)
+        return self.count is not None and all(way is None for way in ways)

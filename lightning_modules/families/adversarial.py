@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, ClassVar, Optional
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -18,6 +18,7 @@ from torch.export import export as as_program
 from datamodules.batches import Conditions, ImageBatch
 from lightning_modules.base import GenerativeModule, OptimConfig, Supports, to_image_range, to_model_range
 from lightning_modules.maths.adversarial import Turns
+from lightning_modules.maths.augmentation import DRAWS, adapted_probability, diff_augment, overfitting
 from lightning_modules.maths.diffusion import SampleRandom
 from lightning_modules.nets.norms import SyncBatchNorm2d, recomputed_statistics
 from lightning_modules.nets.spectral import fit_vectors, without_spectral_norm
@@ -26,6 +27,7 @@ from medsynth.errors import UserError
 from medsynth.ranges import choice, number
 
 NOISES = ("normal", "uniform")
+AUGMENTATIONS = ("none", "diffaugment", "ada")
 CERTAIN_STEPS = 1000
 """Steps in a row in which the discriminator has told every picture before it is said that it has won."""
 _LOOKED_AT = 100  # steps from one look at that to the next, since each waits for the device
@@ -44,6 +46,13 @@ class AdversarialConfig:
     """How they are distributed: normal, or uniform in [-1, 1)."""
     discriminator_steps: int = number(1, least=1)
     """Steps of the discriminator for each of the generator's; each takes a batch and counts as one."""
+    augmentation: str = choice("none", AUGMENTATIONS)
+    """How all that the discriminator sees is varied: none, diffaugment (colour, translation, cutout), or ada, the same
+    with a probability that follows how far the discriminator overfits; ada needs one that gives logits."""
+    ada_target: float = number(0.6, least=-1, most=1)
+    """Share of real pictures told as real beyond those told as generated that ada aims at."""
+    ada_pictures: int = number(500_000, least=1)
+    """Real pictures in which ada's probability would go from 0 to 1."""
     discriminator_lr: Optional[float] = number(None, above=0)
     """Learning rate of the discriminator at its highest; null: the generator's, `optim.lr`."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(name="adam", lr=2e-4, weight_decay=0.0))
@@ -69,8 +78,10 @@ class Adversarial(GenerativeModule):
 
     Config = AdversarialConfig
     config: Any
-    supports = Supports(frozenset())
+    supports = Supports(frozenset(), unconditional=True)
     uses_all_weights = False  # each player's backward pass leaves the other alone
+    gives_logits: ClassVar[bool] = True
+    """Whether a score's sign says on which side of the discriminator's boundary a picture is."""
 
     def __init__(self, config: Any):
         super().__init__(config)
@@ -110,12 +121,9 @@ class Adversarial(GenerativeModule):
     def discriminator_terms(
         self, real: Tensor, fake: Tensor, labels: Tensor | None, random: SampleRandom
     ) -> dict[str, Tensor]:
-        """Scalars of pictures in [-1, 1], among them "discriminator", which it minimises. `fake` has no gradient.
-
-        "accuracy", where there is one, is the share of pictures that it tells rightly.
-        """
+        """Scalars of pictures in [-1, 1], among them "discriminator", which it minimises. `fake` has no gradient."""
         scores = self.judge(real, labels), self.judge(fake, labels)
-        return {"discriminator": self.discriminator_loss(*scores), "accuracy": self.accuracy(*scores)}
+        return {"discriminator": self.discriminator_loss(*scores), **self.told(*scores)}
 
     def generator_terms(self, fake: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
         """Scalars, among them "generator", which it minimises."""
@@ -135,8 +143,11 @@ class Adversarial(GenerativeModule):
         return self.config.classes if "labels" in self.supports.conditions else None
 
     def build(self) -> None:
+        if self.config.augmentation == "ada" and not self.gives_logits:
+            raise UserError(f"model.augmentation=ada: {type(self).__name__} gives no logits; take diffaugment or none")
         self.generator, self.discriminator = self.make_generator(), self.make_discriminator()
-        self.scalars = Scalars(generator=0.0, **self.scalars_at_start())
+        probability = {"ada": {"p": 0.0}}.get(self.config.augmentation, {})
+        self.scalars = Scalars(generator=0.0, **probability, **self.scalars_at_start())
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
@@ -175,6 +186,7 @@ class Adversarial(GenerativeModule):
         with torch.set_grad_enabled(moves):
             fake = self.draw(self.latents(random), labels)
 
+        real, fake = (self._varied(each, random) for each in (real, fake))
         terms = self.discriminator_terms(real, fake.detach(), labels, random)
         self._descend(of_discriminator, terms["discriminator"])
         of_discriminator.step()
@@ -187,6 +199,7 @@ class Adversarial(GenerativeModule):
             self.scalars.get_buffer("generator").copy_(terms["generator"].detach())
         with torch.no_grad():
             self.settle(terms)
+            self._adapt(terms, len(batch))
             self._keep_finite(before)
         self._set_rates()
         self._notice(terms)
@@ -226,9 +239,10 @@ class Adversarial(GenerativeModule):
         return scores.float()
 
     @staticmethod
-    def accuracy(real_B: Tensor, fake_B: Tensor) -> Tensor:
-        """Share of pictures that logits tell rightly, a scalar."""
-        return torch.cat([real_B > 0, fake_B < 0]).float().mean()
+    def told(real_B: Tensor, fake_B: Tensor) -> dict[str, Tensor]:
+        """Of logits: "accuracy", the share of pictures that are told rightly, and "overfitting" (ADA, eq. 1)."""
+        right = torch.cat([real_B > 0, fake_B < 0]).float().mean()
+        return {"accuracy": right, "overfitting": overfitting(real_B)}
 
     def over_processes(self, value: Tensor) -> Tensor:
         """A scalar of each process, (processes,); all ask together."""
@@ -299,6 +313,21 @@ class Adversarial(GenerativeModule):
         """The rates of the coming step, a function of the step: also of a player that has not moved."""
         for each in self.trainer.lr_scheduler_configs:
             optim.resume_schedule(each.scheduler, self.trainer.global_step)  # pyrefly: ignore[bad-argument-type]
+
+    def _varied(self, pictures: Tensor, random: SampleRandom) -> Tensor:
+        """As the discriminator sees them in training."""
+        if self.config.augmentation == "none":
+            return pictures
+        p = self.scalars.get_buffer("p") if self.config.augmentation == "ada" else 1.0
+        return diff_augment(pictures, random.uniform(DRAWS), p=p)
+
+    def _adapt(self, terms: dict[str, Tensor], pictures: int) -> None:
+        """Move ada's probability by all processes' pictures."""
+        if self.config.augmentation == "ada":
+            p, found = self.scalars.get_buffer("p"), self.over_processes(terms["overfitting"])
+            shown, config = pictures * len(found), self.config
+            p.copy_(adapted_probability(p, found.mean(), shown, config.ada_target, config.ada_pictures))
+            terms["augmentation"] = p.clone()
 
     def _statistics(self) -> list[tuple[Tensor, Tensor]]:
         """What a step moves beside weights and vectors, and its values now."""

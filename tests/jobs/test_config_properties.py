@@ -28,8 +28,7 @@ STABLE = settings(max_examples=30, deadline=None, derandomize=True)
 CHOICES = {"method", "data.name", "data.square", "data.on_bad", "data.check", "data.samples"}
 CHOICES |= {"data.sixteen_bit", "data.on_duplicates"}
 CHOICES |= {"data.paraphrase_strategy", "model.sampler.name", "model.optim.name", "model.optim.schedule", "model.loss"}
-CHOICES |= {"model.prediction"}
-CHOICES |= {"model.noise"}
+CHOICES |= {"model.prediction", "model.noise", "model.augmentation"}
 CHOICES |= {"hardware.accelerator", "hardware.strategy", "hardware.precision", "checkpoint.mode", "checkpoint.on_error"}
 CHOICES |= {"model.noise.schedule", "model.noise.zero_terminal_snr", "evaluation.extractor", "evaluation.reference"}
 CHOICES |= {"evaluation.resize"}

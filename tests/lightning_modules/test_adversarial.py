@@ -1,21 +1,29 @@
 """The family of adversarial methods: loops written out, processes, swaps, exports, faults."""
 
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from callbacks.ema import EMA, EMAConfig
 from datamodules.batches import Conditions
+from jobs.drawing.asked import ask
+from jobs.drawing.request import Request
+from jobs.run.config import load_config
 from jobs.run.strategies import Replicated
-from jobs.train import check_support
+from jobs.sample import main as sample
+from jobs.train import check_support, train
 from lightning_modules.families import adversarial as family
+from lightning_modules.maths.augmentation import diff_augment
 from lightning_modules.maths.diffusion import SampleRandom
 from lightning_modules.nets.norms import recomputed_statistics
 from lightning_modules.nets.spectral import normalised, without_spectral_norm
 from medsynth.errors import UserError
+from tests.conftest import REPOSITORY
 from tests.lightning_modules.adversarial_runs import METHODS, batches, built, fit, part, with_a_nan
 from tests.processes import together
 
@@ -37,7 +45,7 @@ def difference(ours: torch.nn.Module, theirs: torch.nn.Module) -> float:
 def written_out(method: str, module, given) -> dict[str, float]:
     """Train the networks of `module` by a plain loop; the scalars that it keeps."""
     g, d, config = module.generator.train(), module.discriminator.train(), module.config
-    optim, scalars = config.optim, {"k": 0.0, "log_z": 0.0}
+    optim, scalars = config.optim, {"k": 0.0, "log_z": 0.0, "p": 0.0 if config.augmentation == "ada" else 1.0}
     settings = {"lr": optim.lr, "eps": optim.eps}
     if optim.name == "rmsprop":
         of_d, of_g = (torch.optim.RMSprop(n.parameters(), alpha=optim.betas[1], **settings) for n in (d, g))
@@ -56,6 +64,8 @@ def written_out(method: str, module, given) -> dict[str, float]:
         z = random.normal(config.latent) if config.noise == "normal" else random.uniform(config.latent) * 2 - 1
         told = (batch.conditions.labels,) if method == "cell_gan" else ()
         fake = g(z, *told)
+        if config.augmentation != "none":
+            x, fake = (diff_augment(each, random.uniform(12), p=scalars["p"]) for each in (x, fake))
         real_out, fake_out = d(x, *told), d(fake.detach(), *told)
         if method == "cell_gan":
             loss = F.relu(1 - real_out).mean() + F.relu(1 + fake_out).mean()
@@ -97,16 +107,23 @@ def written_out(method: str, module, given) -> dict[str, float]:
         if method == "began":
             moved = scalars["k"] + config.balance_rate * (config.gamma * real_out - fake_out).item()
             scalars["k"] = min(max(moved, 0.0), 1.0)
+        if config.augmentation == "ada":
+            up = 1 if real_out.sign().mean() > config.ada_target else -1
+            scalars["p"] = min(max(scalars["p"] + up * len(x) / config.ada_pictures, 0.0), 0.8)
         if method == "bgan":
             estimate = fake_out.exp().mean().log().item()
             scalars["log_z"] = 0.9 * scalars["log_z"] + 0.1 * estimate
     return scalars
 
 
-@EVERY
-def test_a_run_is_the_papers_loop_written_out(method):
+ADA = ["model.augmentation=ada", "model.ada_target=-0.9", "model.ada_pictures=40"]
+VARIED = [("cell_gan", ["model.augmentation=diffaugment"]), ("dcgan", ADA), ("bgan", ADA)]
+
+
+@pytest.mark.parametrize(("method", "augmentation"), [*((method, []) for method in METHODS), *VARIED])
+def test_a_run_is_the_papers_loop_written_out(method, augmentation):
     """Weights, statistics, spectral vectors and scalars; one step a batch whoever moves."""
-    given, settings = batches(7), [CALM, "model.optim.schedule=constant"]
+    given, settings = batches(7), [CALM, "model.optim.schedule=constant", *augmentation]
     ours, theirs = built(method, *settings), built(method, *settings)
     trainer = fit(ours, given)
     assert trainer.global_step == len(given)
@@ -125,7 +142,7 @@ def test_a_run_is_the_papers_loop_written_out(method):
 
 def in_processes(rank: int, processes: int, folder) -> None:
     for method in METHODS:
-        module = built(method, CALM)
+        module = built(method, CALM, *(ADA if method == "bgan" else []))
         strategy = {"strategy": Replicated(True), "devices": processes} if processes > 1 else {}
         fit(module, [part(batch, rank, processes) for batch in batches(3)], **strategy)
         torch.save({k: v.clone() for k, v in module.state_dict().items()}, folder / f"{method}-{processes}-{rank}.pt")
@@ -252,12 +269,12 @@ def test_mixed_precision_learns_in_float32(method):
 def test_it_is_said_once_where_the_discriminator_has_won(monkeypatch):
     monkeypatch.setattr(family, "CERTAIN_STEPS", 3)
     monkeypatch.setattr(family, "_LOOKED_AT", 1)
-    monkeypatch.setattr(family.Adversarial, "accuracy", staticmethod(lambda real, fake: torch.tensor(1.0)))
+    monkeypatch.setattr(family.Adversarial, "told", staticmethod(lambda *_: {"accuracy": torch.tensor(1.0)}))
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         fit(built("dcgan"), batches(6))
     assert len([each for each in said if "told every picture in 3 steps" in str(each.message)]) == 1
-    monkeypatch.setattr(family.Adversarial, "accuracy", staticmethod(lambda real, fake: torch.tensor(0.99)))
+    monkeypatch.setattr(family.Adversarial, "told", staticmethod(lambda *_: {"accuracy": torch.tensor(0.99)}))
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         fit(built("dcgan"), batches(6))
@@ -279,11 +296,29 @@ def test_networks_that_cannot_draw_the_size_are_refused():
         built("cell_gan", "data.resolution=32")
 
 
+def test_ada_is_refused_without_logits():
+    with pytest.raises(UserError, match="augmentation=ada: WGAN gives no logits; take diffaugment or none"):
+        built("wgan", "model.augmentation=ada")
+
+
 @pytest.mark.parametrize("strategy", ["fsdp", "deepspeed2"])
 def test_strategies_that_share_weights_in_parts_are_refused(strategy, here):
-    from jobs.run.config import load_config
-    from tests.conftest import REPOSITORY
-
     config = load_config([REPOSITORY / "configs/tiny/dcgan.yaml"], ["data.root=data", f"hardware.strategy={strategy}"])
     with pytest.raises(UserError, match=f"strategy={strategy}: dcgan trains with auto, ddp"):
         check_support(config, built("dcgan"))
+
+
+def test_a_method_without_conditions_draws_a_number_of_pictures(here, phantoms):
+    config = load_config([REPOSITORY / "configs/tiny/dcgan.yaml"], [f"data.root={phantoms['cytology']}", "run_dir=run"])
+    module = train(config).lightning_module
+    result = CliRunner().invoke(sample, ["run", "--count", "3", "--out", "out", "--seed", "5"])
+    assert result.exception is None, result.exception
+    assert len({(here / f"out/{i:06d}.png").read_bytes() for i in range(3)}) == 3
+    assert type(module).supports.unconditional
+    for arguments in (["--prompt", "a cell"], ["--validation", "2"], ["--labels", "mild"]):
+        result = CliRunner().invoke(sample, ["run", *arguments, "--out", "other"])
+        assert "dcgan draws for no conditions: give --count N" in str(result.exception)
+    config.method, config.run_dir = "cell_gan", "run"
+    request, other = Request(count=2), built("cell_gan")
+    with pytest.raises(UserError, match="--count: run: cell_gan draws for labels: say which"):
+        ask(request, Path("run"), config, other, None)
