@@ -162,8 +162,10 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
+def new_folder(out: Path, option: str = "--out") -> Iterator[Path]:
     """An empty folder beside `out` that takes its name when the block ends, and is removed when the block fails.
+
+    option: what leads to `out`, for messages.
 
     Raises:
         UserError: `out` exists and is not an empty folder, or something cannot be read or written.
@@ -171,7 +173,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     out = out.resolve()
     try:
         if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-            raise UserError(f"{out} is there already; choose another --out, or remove it")
+            raise UserError(f"{out} is there already; choose another {option}, or remove it")
         out.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
             folder = Path(scratch) / "set"
@@ -179,4 +181,4 @@ def new_folder(out: Path) -> Iterator[Path]:
             yield folder
             folder.rename(out)
     except OSError as error:
-        raise UserError(f"{out}: cannot be read or written ({error}); choose another --out") from error
+        raise UserError(f"{out}: cannot be read or written ({error}); choose another {option}") from error

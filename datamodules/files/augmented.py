@@ -52,7 +52,7 @@ def augment(source: Path, out: Path, recipe: Recipe, on_progress: Callable[[int,
         raise UserError("\n".join(table.report("mend or remove them, then augment again") for table in bad))
     plans = _plan(catalogue, source, recipe.per_class)
     files, copies = walk(source), sum(len(plan) for plan in plans.values())
-    with new_folder(out) as folder:
+    with new_folder(out, "OUT") as folder:
         for name in files:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes((source / name).read_bytes())

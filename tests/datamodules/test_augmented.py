@@ -131,6 +131,6 @@ def test_mistakes_are_one_line_and_leave_nothing(source, tmp_path):
     assert "mild/p0+0001.png is there already, where a copy is to be" in refused(source, out, 12)
     out.mkdir()
     (out / "mine.txt").write_text("kept")
-    assert "is there already; choose another --out" in refused(source, out)
+    assert "is there already; choose another OUT, or remove it" in refused(source, out)
     assert files(out) == {"mine.txt": b"kept"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "smears"]
