@@ -50,7 +50,9 @@ _READING = ("resolution", "square", "sixteen_bit", "window", "extractor", "weigh
     "--checkpoint", type=click.Choice(["best", "last"]), default="best", show_default=True, help="RUN's weights."
 )
 @click.option(
-    "--by", metavar="COLUMN", help="Score each group too that this column of a CSV file beside both sides has."
+    "--by",
+    metavar="COLUMN",
+    help="Score each group too that this column of a CSV file beside both sides has; `folder`: each class folder.",
 )
 @click.option("--intervals/--no-intervals", default=True, show_default=True, help="Intervals of 95 %, by a jackknife.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1 …")

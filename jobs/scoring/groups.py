@@ -1,4 +1,4 @@
-"""The group of each picture of a folder, out of a table beside it."""
+"""The group of each picture of a folder: the folder that it lies in, or out of a table beside it."""
 
 from pathlib import Path
 
@@ -11,14 +11,21 @@ _FILES = ("file", "file_name", "filename", "Filename", "image", "Image", "Image 
 """What columns of file names are called."""
 
 
-def groups_of(folder: ScoredFolder, column: str) -> list[str | None]:
-    """What `column` says of each picture, in the folder's order; None of those that the table does not name.
+FOLDER = "folder"
+"""By this each picture's group is the first of the folders in which it lies, as class folders are."""
 
-    The table is the one CSV file with that column and one of file names, in the folder or beside it.
+
+def groups_of(folder: ScoredFolder, column: str) -> list[str | None]:
+    """What `column` says of each picture, in the folder's order; None of those of which nothing is said.
+
+    The table is the one CSV file with that column and one of file names, in the folder or beside it; `FOLDER` needs
+    none.
 
     Raises:
-        UserError: there is no such table, or several, or it cannot be read.
+        UserError: there is no such table, or several, or it cannot be read; no picture lies in a folder of its own.
     """
+    if column == FOLDER:
+        return _tops(folder)
     table, files = _find(folder.folder, column)
     names = PictureFolder(folder.folder, dicom=True)
     found = read_table(table, [files, column], "--by")
@@ -30,6 +37,15 @@ def groups_of(folder: ScoredFolder, column: str) -> list[str | None]:
         if said.setdefault(path, row[column]) != row[column]:
             raise UserError(f"{table}: {row[files]} is in two groups, {said[path]} and {row[column]}")
     return [said.get(path) for path in folder.paths]
+
+
+def _tops(folder: ScoredFolder) -> list[str | None]:
+    parts = [path.relative_to(folder.folder).parts for path in folder.paths]
+    if not any(len(part) > 1 for part in parts):
+        raise UserError(
+            f"--by {FOLDER}: no picture of {folder.folder} lies in a folder in it; name a column of a table"
+        )
+    return [part[0] if len(part) > 1 else None for part in parts]
 
 
 def _find(folder: Path, column: str) -> tuple[Path, str]:

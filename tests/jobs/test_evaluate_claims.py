@@ -45,6 +45,24 @@ def test_each_group_s_scores_are_those_of_its_own_folder(sides, tmp_path):
     assert "cyst: 30 real and 28 generated pictures, fewer than 200" in printed.replace("\n", " ")
 
 
+def test_class_folders_are_groups_without_a_table(tmp_path):
+    for side, seed in (("real", 0), ("fake", 1)):
+        for name, count in (("benign", 9), ("malignant", 7)):
+            pictures(tmp_path / side / name, count, (32, 32), seed=seed)
+    sides = tmp_path / "real", tmp_path / "fake"
+    evaluate(*sides, "--by", "folder", "--no-intervals", "--out", tmp_path / "scores.json")
+    groups = json.loads((tmp_path / "scores.json").read_text())["groups"]
+    assert {name: (group["real"], group["fake"]) for name, group in groups.items()} == {
+        "benign": (9, 9), "malignant": (7, 7)
+    }  # fmt: skip
+    own = [side / "benign" for side in sides]
+    evaluate(*own, "--no-intervals", "--out", tmp_path / "own.json")
+    expected = json.loads((tmp_path / "own.json").read_text())["scores"]["fd_random"]
+    assert groups["benign"]["fd_random"] == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(UserError, match="--by folder: no picture of .*benign lies in a folder in it"):
+        evaluate(*own, "--by", "folder")
+
+
 def test_scores_have_intervals_and_what_counts_do_not_bear_is_said(sides, tmp_path):
     printed = evaluate(*sides, "--out", tmp_path / "scores.csv")
     rows = {row["score"]: row for row in csv.DictReader((tmp_path / "scores.csv").open())}
