@@ -112,6 +112,10 @@ class Kandinsky3(MovqLatents):
         told = {"encoder_hidden_states": embeddings.to(dtype), "encoder_attention_mask": mask}
         return self.unet(z_t.to(dtype), t, **told).sample
 
+    def clipping(self) -> dict[str, Any]:
+        # At the noisiest of the cosine betas an estimate is 20,000 times what a network errs by.
+        return {"clip_sample": True, "clip_sample_range": 1.0} if self.is_random else super().clipping()
+
     def scheduler_options(self) -> dict[str, Any]:
         options = super().scheduler_options()
         if self.config.sampler.name == "ddpm" and not self.is_random:

