@@ -28,6 +28,8 @@ class _Gather(torch.autograd.Function):
         dist.all_gather(counts, own)
         lengths = [int(count) for count in counts]
         ctx.place = sum(lengths[:rank]), lengths[rank], world
+        if not any(lengths):
+            return rows.clone()
         padded = rows.new_zeros(max(lengths), *rows.shape[1:])
         padded[: len(rows)] = rows
         parts = [torch.empty_like(padded) for _ in range(world)]

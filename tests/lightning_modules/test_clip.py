@@ -118,6 +118,7 @@ def of_one_process(rank: int, folder, out) -> None:
     """Three rows in the first, two in the second: gradients are averaged, as ddp does."""
     dist.init_process_group("gloo")
     module = built(f"model.pretrained={folder}")
+    assert module.losses(batch(["", ""]))["loss"] == 0, "neither has a row"
     rows = [[0, 1, 2], [3, 4]][rank]
     loss = module.losses(batch(REPEATED, IDS)[rows])["loss"]
     loss.backward()
@@ -341,6 +342,8 @@ def test_a_pipeline_in_the_place_of_a_clip_and_the_reverse(folder, pipelines):
         built(f"model.pretrained={pipelines / 'epsilon'}")
     with pytest.raises(UserError, match="model.generator: .*model.safetensors is no Stable Diffusion in one file"):
         built(f"model.generator={folder}")
+    with pytest.raises(UserError, match="model.generator: .* other noise; set .*model.noise.beta_end=0.012"):
+        built(f"model.generator={pipelines / 'epsilon'}", "model.noise.beta_end=0.02")
 
 
 @pytest.mark.parametrize(
