@@ -1,7 +1,7 @@
 """`medsynth evaluate`: score a run, or a folder of pictures against a folder of real ones."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -10,10 +10,24 @@ from medsynth.errors import UserError
 if TYPE_CHECKING:
     from jobs.scoring.claims import Claims
     from jobs.scoring.folders import Reading
+    from jobs.scoring.gates import Gate
     from metrics.protocol import Protocol
 
 _READING = ("resolution", "square", "sixteen_bit", "window", "extractor", "weights", "resize")
 """Options that a run decides where one is named."""
+
+
+class _Wanted(NamedTuple):
+    """What is asked for beside the scores, and on what."""
+
+    intervals: bool
+    by: str | None
+    gates: "list[Gate]"
+    search: tuple[Path | None, Path | None, Path | None] | None
+    """Of copies: folders of training and of held-out pictures, and the sheet."""
+    device: str
+    batch_size: int
+    workers: int
 
 
 @click.command()
@@ -54,11 +68,20 @@ _READING = ("resolution", "square", "sixteen_bit", "window", "extractor", "weigh
     metavar="COLUMN",
     help="Score each group too that this column of a CSV file beside both sides has; `folder`: each class folder.",
 )
+@click.option("--memorisation", is_flag=True, help="Look for copies of training pictures among those of --fake.")
+@click.option("--train", type=click.Path(path_type=Path), help="Folder of the pictures that were trained on.")
+@click.option("--held-out", type=click.Path(path_type=Path), help="Folder of real pictures that were not.")
+@click.option("--copies", type=click.Path(path_type=Path), help="PNG file for a sheet of what is nearest to a copy.")
+@click.option(
+    "--gate", "gates", metavar="SCORE<NUMBER", multiple=True,
+    help="End with exit code 3 unless it is so, as memorisation<0.01; repeatable; also <=, > and >=.",
+)  # fmt: skip
 @click.option("--intervals/--no-intervals", default=True, show_default=True, help="Intervals of 95 %, by a jackknife.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1 …")
 def main(
     run_dir: Path | None, like: Path | None, real: Path | None, fake: Path | None, batch_size: int, workers: int,
-    out: Path | None, checkpoint: str, by: str | None, intervals: bool, device: str, **given: Any,
+    out: Path | None, checkpoint: str, by: str | None, intervals: bool, device: str, gates: tuple[str, ...],
+    **given: Any,
 ) -> None:  # fmt: skip
     """Score generated pictures against real ones: FID, KID, Inception Score, precision, recall, F1.
 
@@ -67,23 +90,30 @@ def main(
     protocol, against the run's real pictures or those of --real. With neither, --real and --fake are folders of any
     size: pictures stream through, of any mode and size, DICOM files too; both sides are brought to the size of the
     generated pictures, as training does it; a line says so.
+
+    --memorisation looks for copies of training pictures among those of --fake, by the split of --like RUN or by --train
+    and --held-out; --gate makes a score the condition of exit code 0.
     """
     _check_request(run_dir, like, real, fake, given)
     if by is not None and (real is None or fake is None):
         raise UserError(f"--by {by} goes with --real FOLDER --fake FOLDER, each with a CSV file in it or beside it")
+    search = _search(run_dir, like, fake, given, gates)
     from jobs.scoring.claims import as_values
+    from jobs.scoring.gates import hold_gates, read_gates
     from jobs.scoring.report import check_out, print_scores, write_report
 
+    wanted = _Wanted(intervals, by, read_gates(gates), search, device, batch_size, workers)
     check_out(out)
     if run_dir is not None:
-        claims, protocol, facts = _of_run(run_dir, checkpoint, device, intervals)
+        claims, protocol, facts = _of_run(run_dir, checkpoint, wanted)
     else:
         assert fake is not None
-        claims, protocol, facts = _of_folders(like, real, fake, given, (batch_size, workers, device), (by, intervals))
+        claims, protocol, facts = _of_folders(like, real, fake, given, wanted)
     print_scores(claims, protocol)
     report = {"scores": claims.scores, "intervals": as_values(claims.intervals), "groups": claims.groups}
     report |= {"notes": claims.notes, "protocol": protocol.as_dict()}
     write_report(report | _in_short(protocol) | facts, out)
+    hold_gates(wanted.gates, claims.scores)
 
 
 def _check_request(
@@ -101,6 +131,23 @@ def _check_request(
         raise UserError(f"{', '.join(decided)}: the protocol is the run's; leave it out")
 
 
+def _search(
+    run_dir: Path | None, like: Path | None, fake: Path | None, given: dict[str, Any], gates: tuple[str, ...]
+) -> tuple[Path | None, Path | None, Path | None] | None:
+    """What copies are looked for by, see `_Wanted`; None where they are not."""
+    train, held_out, sheet = given["train"], given["held_out"], given["copies"]
+    named = any(gate.strip().startswith(("memorisation", "authenticity")) for gate in gates)
+    if not (given["memorisation"] or named or train or held_out or sheet):
+        return None
+    if run_dir is not None or fake is None:
+        raise UserError(
+            "copies are looked for in --fake FOLDER: draw with `medsynth sample RUN`, then --like RUN --fake"
+        )
+    if (train is None) != (held_out is None) or (train is None and like is None):
+        raise UserError("copies are told by --train FOLDER and --held-out FOLDER, or by the split of --like RUN")
+    return train, held_out, sheet
+
+
 def _in_short(protocol: "Protocol") -> dict[str, Any]:
     """What reports had before they had the whole protocol, by the names of then."""
     said = {name: getattr(protocol, name) for name in ("resolution", "square", "sixteen_bit", "window")}
@@ -108,52 +155,53 @@ def _in_short(protocol: "Protocol") -> dict[str, Any]:
     return {**counts, "extractor": protocol.weights, **said}
 
 
-def _of_run(run_dir: Path, checkpoint: str, device: str, intervals: bool) -> "tuple[Claims, Protocol, dict[str, Any]]":
+def _of_run(run_dir: Path, checkpoint: str, wanted: _Wanted) -> "tuple[Claims, Protocol, dict[str, Any]]":
     """Scores of a run's own pictures, their protocol, and what else the report has."""
     from callbacks.durable import read_manifest
     from jobs.run.folder import find_checkpoint, pick_device
-    from jobs.scoring.run import open_run, score_run
+    from jobs.scoring.gates import check_gates
+    from jobs.scoring.run import names_of, open_run, score_run
 
-    place = pick_device(device)
+    place = pick_device(wanted.device)
     run = open_run(run_dir)
+    check_gates(wanted.gates, names_of(run))
     step = read_manifest(find_checkpoint(run_dir, checkpoint))["global_step"]
     click.echo(f"{run_dir}: weights of step {step}")
-    return score_run(run, checkpoint, place, intervals), run.protocol, {"run": str(run_dir), "step": step}
+    return score_run(run, checkpoint, place, wanted.intervals), run.protocol, {"run": str(run_dir), "step": step}
 
 
 def _of_folders(
-    like: Path | None, real: Path | None, fake: Path, given: dict[str, Any], how: tuple[int, int, str],
-    wanted: tuple[str | None, bool],
-) -> "tuple[Claims, Protocol, dict[str, Any]]":  # fmt: skip
+    like: Path | None, real: Path | None, fake: Path, given: dict[str, Any], wanted: _Wanted
+) -> "tuple[Claims, Protocol, dict[str, Any]]":
     """Scores of pictures that are there, likewise."""
     from jobs.run.folder import pick_device
     from jobs.scoring.claims import add_groups, claim
-    from jobs.scoring.folders import ScoredFolder, described, stream
-    from jobs.scoring.groups import groups_of
-    from jobs.scoring.sides import open_sides
-    from metrics.suite import MAX_BANK, GenerationMetrics
+    from jobs.scoring.copies import SCORES, add_copies, check_sheet
+    from jobs.scoring.folders import described, stream
+    from jobs.scoring.gates import check_gates
+    from jobs.scoring.groups import groups_of_both
+    from jobs.scoring.sides import open_sides, search_of
+    from metrics.suite import GenerationMetrics, all_names
 
-    batch_size, workers, device = how
-    sides = open_sides(
-        like, real, fake, _reading(given), {key: given[key] for key in ("extractor", "weights", "resize")}
-    )
-    by, intervals = wanted
-    counts = len(sides.real), len(sides.fake)
-    if by and max(counts) > MAX_BANK:
-        raise UserError(
-            f"--by {by} takes at most {MAX_BANK} pictures a side, not {max(counts)}: score folder by folder"
-        )
-    groups = [groups_of(side, by) for side in (sides.real, sides.fake) if by and isinstance(side, ScoredFolder)]
-    metrics = GenerationMetrics(sides.extractor, *counts, keep_logits=bool(by) or intervals).to(pick_device(device))
+    features = {key: given[key] for key in ("extractor", "weights", "resize")}
+    sides = open_sides(like, real, fake, _reading(given), features)
+    groups = groups_of_both(sides.real, sides.fake, wanted.by) if wanted.by else None
+    check_sheet(wanted.search[2] if wanted.search else None)
+    search = search_of(sides, *wanted.search) if wanted.search else None
+    check_gates(wanted.gates, [*all_names(sides.extractor), *(SCORES if search else ())])
+    keep = wanted.intervals or groups is not None
+    metrics = GenerationMetrics(sides.extractor, len(sides.real), len(sides.fake), keep_logits=keep)
+    metrics = metrics.to(pick_device(wanted.device))
     for line in sides.notes:
         click.echo(line)
-    stream(sides.real, metrics.update_real, "real", batch_size, workers)
-    stream(sides.fake, metrics.update_fake, "generated", batch_size, workers)
-    facts = {name: described(sizes) for name, sizes in sides.sizes.items()}
-    claims = claim(metrics, intervals)
-    if by:
+    stream(sides.real, metrics.update_real, "real", wanted.batch_size, wanted.workers)
+    stream(sides.fake, metrics.update_fake, "generated", wanted.batch_size, wanted.workers)
+    claims = claim(metrics, wanted.intervals)
+    if groups:
         add_groups(claims, metrics, *groups)
-    return claims, sides.protocol, facts
+    if search:
+        add_copies(claims, search, sides.fake, sides.extractor, wanted.batch_size, wanted.workers)
+    return claims, sides.protocol, {name: described(sizes) for name, sizes in sides.sizes.items()}
 
 
 def _reading(given: dict[str, Any]) -> "Reading":

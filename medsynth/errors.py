@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 
-from medsynth.exit_codes import USER_ERROR
+from medsynth.exit_codes import GATE, USER_ERROR
 
 
 class UserError(ValueError):
@@ -17,6 +17,12 @@ class UserError(ValueError):
     """
 
     exit_code = USER_ERROR
+
+
+class GateClosed(UserError):  # noqa: N818
+    """A score does not pass the gate that was set for it; the report is written."""
+
+    exit_code = GATE
 
 
 class WorkerLost(UserError):  # noqa: N818

@@ -1,7 +1,9 @@
-"""What `medsynth train` ends with, besides 0; any other code is a failure that another try may mend."""
+"""What commands end with, besides 0; any other code is a failure that another try may mend."""
 
 USER_ERROR = 2
 """A user's mistake: every try would end so."""
+GATE = 3
+"""A score does not pass the gate that `medsynth evaluate --gate` set: not to be released."""
 PREEMPTED = 75
 """Preempted and saved: the next start goes on. (EX_TEMPFAIL of sysexits.)"""
 INTERRUPTED = 130

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from scipy.stats import norm as normal
 from scipy.stats import t as student
 from torch import Tensor
 
@@ -61,6 +62,14 @@ def interval(value: float, error: float, freedom: int = GROUPS - 1) -> Interval:
     """The interval of a score with that standard error, of so many degrees of freedom."""
     reach = float(student.ppf((1 + _LEVEL) / 2, freedom)) * error
     return Interval(value - reach, value + reach, error)
+
+
+def share_interval(share: float, count: int) -> Interval:
+    """The interval of a share of so many pictures (Wilson 1927), which is also right where none or all have it."""
+    z2 = float(normal.ppf((1 + _LEVEL) / 2)) ** 2
+    middle = (share + z2 / (2 * count)) / (1 + z2 / count)
+    reach = math.sqrt(z2 * (share * (1 - share) / count + z2 / (4 * count**2))) / (1 + z2 / count)
+    return Interval(max(0.0, middle - reach), min(1.0, middle + reach), math.sqrt(share * (1 - share) / count))
 
 
 def frechet_at_infinity(real: Tensor, fake: Tensor, seed: int = 2020) -> float:

@@ -46,6 +46,11 @@ def infinity_name(extractor: str) -> str:
     return name.replace("fd_", "fd_inf_", 1) if name.startswith("fd_") else f"{name}_inf"
 
 
+def all_names(extractor: FeatureExtractor) -> list[str]:
+    """The names of all that can be computed with an extractor."""
+    return [*score_names(extractor.name, extractor.has_logits), infinity_name(extractor.name)]
+
+
 def is_clip(extractor: str) -> bool:
     """Whether an extractor of that name gives embeddings of CLIP, by which CMMD compares."""
     return extractor.partition("_")[0] == "clip"

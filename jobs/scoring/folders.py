@@ -20,6 +20,7 @@ from datamodules.files.walk import PictureFolder, not_read, walk
 from datamodules.stream import PlainLoader
 from jobs.drawing.listed import control_folders
 from medsynth.errors import UserError
+from medsynth.files import sha256_of
 
 Sizes = Counter[tuple[int, int]]
 """How many pictures are of each width and height."""
@@ -72,6 +73,15 @@ class ScoredFolder(SizedDataset):
         """By the headers, which also show before the work what cannot be read."""
         with ThreadPoolExecutor() as pool:
             return Counter(pool.map(lambda path: picture_size(path, MOST_PIXELS), self.paths))
+
+
+def same_bytes(one: ScoredFolder, two: ScoredFolder) -> int:
+    """How many files of `two` are byte for byte files of `one`; only files of one length are read."""
+    lengths = {path.stat().st_size for path in one.paths}
+    alike = [path for path in two.paths if path.stat().st_size in lengths]
+    wanted = {path.stat().st_size for path in alike}
+    digests = {sha256_of(path) for path in one.paths if path.stat().st_size in wanted}
+    return sum(sha256_of(path) in digests for path in alike)
 
 
 def side_of(sizes: Sizes) -> int | None:

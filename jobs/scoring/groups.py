@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+from datamodules.base import SizedDataset
 from datamodules.files.tables import read_table
 from datamodules.files.walk import PictureFolder
 from jobs.scoring.folders import ScoredFolder
 from medsynth.errors import UserError
+from metrics.suite import MAX_BANK
 
 _FILES = ("file", "file_name", "filename", "Filename", "image", "Image", "Image Index")
 """What columns of file names are called."""
@@ -13,6 +15,18 @@ _FILES = ("file", "file_name", "filename", "Filename", "image", "Image", "Image 
 
 FOLDER = "folder"
 """By this each picture's group is the first of the folders in which it lies, as class folders are."""
+
+
+def groups_of_both(real: SizedDataset, fake: SizedDataset, column: str) -> tuple[list[str | None], list[str | None]]:
+    """`groups_of` both sides, which are folders.
+
+    Raises:
+        UserError: as there; or there are more pictures than the bank holds features of.
+    """
+    if (most := max(len(real), len(fake))) > MAX_BANK:
+        raise UserError(f"--by {column} takes at most {MAX_BANK} pictures a side, not {most}: score folder by folder")
+    assert isinstance(real, ScoredFolder) and isinstance(fake, ScoredFolder)
+    return groups_of(real, column), groups_of(fake, column)
 
 
 def groups_of(folder: ScoredFolder, column: str) -> list[str | None]:

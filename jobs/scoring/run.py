@@ -16,7 +16,9 @@ from jobs.run.folder import build_source, load_run, read_config
 from jobs.scoring.claims import Claims, claim
 from medsynth.errors import UserError
 from metrics.intervals import interval
+from metrics.paired import PAIRED
 from metrics.protocol import Protocol
+from metrics.suite import all_names
 
 _MIXED = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
@@ -52,6 +54,11 @@ def open_run(run_dir: Path) -> ScoredRun:
     if notes and (changed := run.protocol.differences(notes[-1].protocol)):
         raise UserError(f"{run_dir}: what it would be scored by now is not what its training had: {'; '.join(changed)}")
     return run
+
+
+def names_of(run: ScoredRun) -> list[str]:
+    """The names of all scores that `score_run` may give."""
+    return [*all_names(run.scoring.extractor), *(PAIRED if run.scoring.config.paired else ())]
 
 
 def score_run(run: ScoredRun, checkpoint: str, device: torch.device, intervals: bool) -> Claims:

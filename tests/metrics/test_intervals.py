@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from scipy.stats import binomtest
 from torch import Tensor
 
 from metrics.frechet import frechet_distance
-from metrics.intervals import GROUPS, frechet_at_infinity, interval, jackknife, unsupported
+from metrics.intervals import GROUPS, frechet_at_infinity, interval, jackknife, share_interval, unsupported
 from metrics.kernel import full_kernel_distance
 
 
@@ -46,6 +47,13 @@ def test_the_error_is_the_spread_over_many_draws():
 def test_an_interval_is_student_s():
     found = interval(2.0, 1.0)
     assert (found.low, found.high) == pytest.approx((2 - 2.0930, 2 + 2.0930), abs=1e-4) and GROUPS == 20
+
+
+@pytest.mark.parametrize("having, count", [(0, 30), (3, 50), (200, 200)])
+def test_a_share_s_interval_is_scipy_s(having, count):
+    outside = binomtest(having, count).proportion_ci(method="wilson")
+    found = share_interval(having / count, count)
+    assert (found.low, found.high) == pytest.approx((outside.low, outside.high), abs=1e-12)
 
 
 def test_what_more_pictures_would_take_off_the_distance_is_taken_off():
