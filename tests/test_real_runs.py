@@ -186,7 +186,7 @@ def as_metadata(colonoscopy: Path, folder: Path) -> Path:
 
 
 @needs_data
-@pytest.mark.parametrize("method", ["cell_gan", "dcgan"])
+@pytest.mark.parametrize("method", ["cell_gan"])
 def test_adversarial_methods_learn_from_blood_cells(method, blood_cells, here):
     """Their losses tell little: what they draw comes nearer to the real pictures in its mean and spread of colours."""
     settings = [*SETTINGS, f"data.root={blood_cells}", "run_dir=run", "model.optim.lr=1e-3", "ema.decay=0.5"]
