@@ -35,7 +35,7 @@ CHOICES |= {"evaluation.resize"}
 TIED = {"data.resolution", "model.resolution", "train.global_batch_size", "train.device_batch_size"}
 TIED |= {"hardware.devices", "hardware.nodes", "model.noise.beta_start", "model.noise.beta_end", "checkpoint.monitor"}
 TIED |= {"model.noise.steps", "model.sampler.steps", "evaluation.steps", "evaluation.images"}
-TIED |= {"model.text_encoder.width", "model.text_encoder.heads"}
+TIED |= {"model.text_encoder.width", "model.text_encoder.heads", "data.window"}
 
 SHARES = st.floats(0, 1, exclude_min=True, exclude_max=True)  # every float key allows them
 COUNTS = st.integers(1, 10**6)  # likewise every whole number
