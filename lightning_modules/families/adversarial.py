@@ -302,7 +302,10 @@ class Adversarial(GenerativeModule):
         if labels is None:
             raise UserError(f"{type(self).__name__} learns and draws by classes: there are no labels")
         if check and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.classes:
-            raise UserError(f"model.classes={self.classes}: there is no class {int(labels.max())}, counted from 0")
+            raise UserError(
+                f"model.classes={self.classes}: there is a class {int(labels.max())}, counted from 0; set it to the "
+                "number of the data set's classes"
+            )
         return labels.to(self.device)
 
     def _descend(self, optimizer: Any, loss: Tensor) -> None:

@@ -283,7 +283,7 @@ def test_it_is_said_once_where_the_discriminator_has_won(monkeypatch):
 
 def test_classes_that_are_not_there_are_refused():
     module = built("cell_gan")
-    with pytest.raises(UserError, match="there is no class 2, counted from 0"):
+    with pytest.raises(UserError, match="there is a class 2, counted from 0; set it to"):
         module.sample(Conditions(labels=torch.tensor([0, 2])), [1, 2])
     with pytest.raises(UserError, match="there are no labels"):
         module.sample(Conditions(captions=["a cell"]), [1])
