@@ -59,9 +59,16 @@ def load(folder: Path) -> tuple[Any, Any]:
     # Of CLIP's visual half transformers would leave the projection out, without which there is no embedding.
     kind = CLIPVisionModelWithProjection if _config(folder)["model_type"] == _HALF else AutoModel
     try:
-        processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, use_fast=True)
+        processor = AutoImageProcessor.from_pretrained(
+            folder, local_files_only=True, use_fast=True, trust_remote_code=False
+        )
         model, told = kind.from_pretrained(  # pyrefly: ignore[not-iterable]  # with what it has to tell, it is a pair
-            folder, local_files_only=True, use_safetensors=True, output_loading_info=True, dtype=torch.float32
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            dtype=torch.float32,
+            trust_remote_code=False,
         )
     except Exception as error:  # whatever transformers makes of a foreign folder
         raise UserError(f"{folder} is no vision model that transformers reads: {one_line(error)}") from error

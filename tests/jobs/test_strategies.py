@@ -142,10 +142,11 @@ def test_two_processes_and_their_resumes_are_one_process(phantom, folder, alone,
     torch.testing.assert_close(pictures, expected, rtol=0, atol=1e-3)
 
 
+# Kandinsky 3 has so many modules that it would take minutes under deepspeed3.
 IN_PARTS = {
     "stable_diffusion": CUT, "stable_diffusion_lora": STRATEGIES[1:], "hypernetwork": CUT, "controlnet": CUT,
     "llcm": CUT, "kandinsky22_prior_whole": CUT, "kandinsky22_prior": CUT, "kandinsky22_decoder_whole": CUT,
-    "kandinsky22_decoder": CUT, "kandinsky3_whole": CUT, "kandinsky3": CUT,
+    "kandinsky22_decoder": CUT, "kandinsky3_whole": ("fsdp",), "kandinsky3": ("fsdp",),
 }  # fmt: skip
 
 
