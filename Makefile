@@ -1,8 +1,6 @@
 VENV := .venv
 BIN := $(VENV)/bin
 DATA := ../shared/data/colonoscopy
-# Three for two cores, since many tests wait: for a server, a signal, Slurm.
-PARALLEL := --numprocesses 3 --dist worksteal
 
 .PHONY: help install quickstart colonoscopy benchmark benchmark-scores traces manifests test cluster cluster-all soak lint format clean
 
@@ -37,14 +35,15 @@ traces: install  ## Write the golden traces anew, after a change that is meant t
 manifests: install  ## Write k8s/ anew from the configs
 	$(BIN)/python -m jobs.study.manifests
 
+# Three for two cores, since many tests wait, for a server or a signal.
 test: install lint  ## Lint and run every test but those on a real Slurm
-	$(BIN)/python -m pytest $(PARALLEL) --ignore=tests/cluster
+	$(BIN)/python -m pytest --numprocesses 3 --dist worksteal --ignore=tests/cluster
 
 cluster: install  ## Test on a real Slurm of two nodes on this machine; as root, it installs slurm-wlm and munge
-	$(BIN)/python -m pytest $(PARALLEL) tests/cluster
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal tests/cluster
 
 cluster-all: install  ## As cluster, with every disturbance by sbatch and by medsynth submit
-	$(BIN)/python -m pytest $(PARALLEL) --all tests/cluster
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal --all tests/cluster
 
 soak: install  ## Kill a run of two processes 100 times, and compare it with an undisturbed one; in about 10 minutes
 	$(BIN)/python -m tests.soak

@@ -24,7 +24,7 @@ def begin(number: int, work: Callable[..., Any], *arguments: Any, log: Path) -> 
     return children
 
 
-def together(number: int, work: Callable[..., Any], *arguments: Any, log: Path, seconds: float = 120) -> list[str]:
+def together(number: int, work: Callable[..., Any], *arguments: Any, log: Path, seconds: float = 300) -> list[str]:
     """Run `work(rank, *arguments)` in each of `number` processes; what each wrote. Fails where one fails or hangs."""
     children = begin(number, work, *arguments, log=log)
     for child in children:
